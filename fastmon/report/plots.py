@@ -22,7 +22,7 @@ INK = "#1F2933"
 
 @dataclass(frozen=True)
 class Line:
-    """One metric in a panel: `marker` for sparse ones (validation), `smooth` for a median over pale values."""
+    """One metric in a panel: `marker` for sparse ones (validation), `smooth` for a median on pale values."""
 
     metric: str
     label: str
@@ -217,7 +217,7 @@ def _running(
 
 
 def _limits(values: Sequence[float], *, log: bool) -> tuple[float, float]:
-    """Axis limits that no start-up spike can flatten: cut where the maximum is over 3x the 98th percentile."""
+    """Axis limits that no start-up spike can flatten: cut where the maximum is over 3x 98th percentile."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     p98 = ordered[int(0.98 * (len(ordered) - 1))]

@@ -80,7 +80,7 @@ def read_run(
     """Parse a JSONL run log.
 
     Numbers become float (`step` int), the three non-finite strings become NaN and the infinities, other
-    strings stay. A line without a "step" is the header; a later one (a resumed run appends its own) updates it.
+    strings stay. A line without a "step" is the header; a later one (after a resume) updates it.
     Raises FileNotFoundError when there is no such file. Cost: one pass, all rows held in memory.
     """
     log = RunLog(path)
