@@ -51,17 +51,29 @@ def elements(name: str) -> int:
     return sum(math.prod(shape) for shape in SHAPES[name])
 
 
-def tensors(
+def packed(
     name: str,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
     scale: float = 0.02,
-) -> list[Tensor]:
-    """Gaussian tensors of the named shapes, N(0, scale^2), from a generator of their own."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Gaussian tensors of the named shapes, N(0, scale^2), as views of one flat buffer, each on a 64-byte
+    line.
+
+    Returns (flat, views). The seed's generator is its own; the padding between views is zero. A flat buffer
+    of a multiple of 64 bytes can be viewed as fp32 in any dtype.
+    """
+    align = 64 // dtype.itemsize
+    starts = [0]
+    for shape in SHAPES[name]:
+        starts.append(starts[-1] + -(-math.prod(shape) // align) * align)
+    flat = torch.zeros(starts[-1], dtype=dtype, device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
-    return [
-        torch.empty(shape, device=device).normal_(0, scale, generator=generator).to(dtype)
-        for shape in SHAPES[name]
-    ]
+    views = []
+    for start, shape in zip(starts, SHAPES[name], strict=False):
+        view = flat[start : start + math.prod(shape)].view(shape)
+        view.normal_(0, scale, generator=generator)
+        views.append(view)
+    return flat, views

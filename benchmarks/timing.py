@@ -56,17 +56,19 @@ def interleave(
     seconds: float = 2.0,
     min_rounds: int = 5,
     max_rounds: int = 500,
-    warmup: int = 2,
+    slow_ms: float = 400.0,
+    slow_rounds: int = 3,
 ) -> dict[str, Timing]:
     """Time every variant on the CPU, one call each a round, until `seconds` are spent and `min_rounds` are
     done.
 
-    The order is rotated by one place each round, so that no variant always runs in the wake of the same other
+    The order is rotated each round, so that no variant always runs in the wake of the same other
     one.
     """
     names = list(variants)
-    for _ in range(warmup):
-        for name in names:
+    slow = {name for name in names if _once(variants[name]) > slow_ms}
+    for name in names:
+        if name not in slow:
             variants[name]()
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
@@ -75,10 +77,16 @@ def interleave(
             break
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
-            start = time.perf_counter_ns()
-            variants[name]()
-            samples[name].append((time.perf_counter_ns() - start) / 1e6)
+            if round_ < slow_rounds or name not in slow:
+                samples[name].append(_once(variants[name]))
     return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _once(call: Call) -> float:
+    """One call in ms."""
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) / 1e6
 
 
 def ratio(
@@ -88,9 +96,9 @@ def ratio(
     seed: int = 0,
     draws: int = 500,
 ) -> Ratio:
-    """`of` over `to`, paired by round: the median ratio and its 95% bootstrap interval."""
-    assert of.n == to.n, f"paired timings have the same number of rounds, got {of.n} and {to.n}"
-    return paired_ratio(of.samples, to.samples, seed=seed, draws=draws)
+    """`of` over `to`, paired by round (the rounds both ran in): median and 95% bootstrap interval."""
+    n = min(of.n, to.n)
+    return paired_ratio(of.samples[:n], to.samples[:n], seed=seed, draws=draws)
 
 
 def paired_ratio(
