@@ -1,1 +1,1 @@
-"""Where tokens come from: the embedded corpus and its tokenizer, shard files, and the order they are read in."""
+"""Where tokens come from: the embedded corpus and its tokenizer, shard files, and the reading order."""

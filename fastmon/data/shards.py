@@ -1,11 +1,11 @@
 """Token shards on disk, and the order in which a run reads them.
 
-A shard is the file format of modded-nanogpt and llm.c: 256 little-endian int32 words of header (magic 20240520,
-version 1, number of tokens, zeros), then that many uint16 tokens. Shards are memory-mapped, so a run touches only
-the pages it reads.
+A shard is the file format of modded-nanogpt and llm.c: 256 little-endian int32 words of header (magic
+20240520, version 1, number of tokens, zeros), then that many uint16 tokens. Shards are memory-mapped, so a
+run touches only the pages it reads.
 
-Windows cuts the tokens into fixed windows and reads them in a seeded order that needs no state: the position in
-the run is the whole state, and any position is reached at once.
+Windows cuts the tokens into fixed windows and reads them in a seeded order that needs no state: the position
+in the run is the whole state, and any position is reached at once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ CHECKED_TOKENS = 1 << 20  # leading tokens of a shard compared with the vocabula
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Write `parts` one after the other as the file `path`: all of it or nothing, also after a power cut.
 
-    The bytes go to a temporary file in the same folder, reach the disk (fsync), and take the name by rename; several
-    processes may write the same file at once, the last one wins. Raises OSError as the system does.
+    The bytes go to a temporary file in the same folder, reach the disk (fsync), and take the name by rename;
+    several processes may write the same file at once, the last one wins. Raises OSError as the system does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -64,8 +64,8 @@ def write_shard(
     write_atomically(Path(path), header.data.cast("B"), body.data.cast("B") if body.size else b"")
 
 
-def find_shards(pattern: str) -> list[Path]:
-    """Return the files that match the glob `pattern` (** crosses folders), sorted; FileNotFoundError when none do."""
+def find_files(pattern: str) -> list[Path]:
+    """Return the files that match the glob `pattern` (** crosses folders), sorted; FileNotFoundError if none."""
     found = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
     files = [path for path in found if path.is_file()]
     if not files:
@@ -80,9 +80,9 @@ def read_shard(
 ) -> Tokens:
     """Return the tokens of one shard, (n,) uint16, memory-mapped read-only.
 
-    FileNotFoundError when it is missing; ValueError, one sentence, on a wrong magic or version, a size other than
-    the header promises, or a token id >= `vocab_size` among the first 2^20 (Windows checks every later one as it
-    is read, so that opening 100 shards does not read 20 GB).
+    FileNotFoundError when it is missing; ValueError, one sentence, on a wrong magic or version, a size other
+    than the header promises, or a token id >= `vocab_size` among the first 2^20 (Windows checks every later
+    one as it is read, so that opening 100 shards does not read 20 GB).
     """
     path = Path(path)
     if not path.is_file():
@@ -115,17 +115,17 @@ def check_vocabulary(
 ) -> None:
     """Raise ValueError when a token id has no row in an embedding of `vocab_size` rows."""
     if tokens.size and (top := int(tokens.max())) >= vocab_size:
-        raise ValueError(f"{source} holds token id {top}, but the model's vocabulary ends at {vocab_size - 1}")
+        raise ValueError(f"{source} holds token id {top}, the model's vocabulary ends at {vocab_size - 1}")
 
 
 class Windows:
     """Token arrays cut into windows of `seq_len` inputs and their next tokens, in a seeded endless order.
 
-    Window i of an array covers tokens [i T, i T + T], T = seq_len: its last token is only a target here and the
-    first input of the next window. Windows do not cross arrays; a tail shorter than T + 1 is never read. Sample
-    number s belongs to epoch s // len; inside an epoch every window comes once, in an order drawn from
-    (seed, epoch) by a permutation that is computed, not stored. So a run's position is one integer, no array of
-    indices is kept, and a resumed or differently distributed run reads the same windows.
+    Window i of an array covers tokens [i T, i T + T], T = seq_len: its last token is only a target here and
+    the first input of the next window. Windows do not cross arrays; a tail shorter than T + 1 is never read.
+    Sample number s belongs to epoch s // len; inside an epoch every window comes once, in an order drawn from
+    (seed, epoch) by a permutation that is computed, not stored. So a run's position is one integer, no array
+    of indices is kept, and a resumed or differently distributed run reads the same windows.
     """
 
     def __init__(
@@ -145,7 +145,9 @@ class Windows:
         self.ends = np.cumsum(counts)
         if not counts or self.ends[-1] == 0:
             longest = max((len(array) for array in self.arrays), default=0)
-            raise ValueError(f"{source} has {longest} tokens in one piece, a window needs seq_len + 1 = {seq_len + 1}")
+            raise ValueError(
+                f"{source} has {longest} tokens in a row, a window needs seq_len + 1 = {seq_len + 1}"
+            )
 
     def __len__(self) -> int:
         """Number of windows, the samples of one epoch."""
@@ -164,7 +166,7 @@ class Windows:
         self,
         windows: NDArray[np.int64],  # (k,)
     ) -> NDArray[np.int64]:
-        """Return the tokens of `windows`, (k, seq_len + 1) int64; ValueError on an id outside the vocabulary."""
+        """Return the tokens of `windows`, (k, seq_len + 1); ValueError on an id outside the vocabulary."""
         out = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
         for row, window in enumerate(windows):
             which = int(np.searchsorted(self.ends, window, side="right"))
@@ -179,20 +181,20 @@ class Windows:
         *,
         size: int,
     ) -> NDArray[np.int64]:
-        """Return micro-batch number `index` of the run, samples [index size, (index + 1) size): (size, seq_len + 1)."""
+        """Return micro-batch `index` of the run, samples [index size, (index + 1) size): (size, seq_len + 1)."""
         return self.read(self.order(np.arange(index * size, (index + 1) * size)))
 
     def spread(
         self,
         count: int,
     ) -> NDArray[np.int64]:
-        """Return `count` windows at equal distances over all of the data, (min(count, len),): a fixed evaluation set."""
+        """Return `count` windows at equal distances over all the data, (min(count, len),): for evaluation."""
         count = min(count, len(self))
         return np.arange(count, dtype=np.int64) * len(self) // count
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words that mixes every bit."""
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of words that mixes every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

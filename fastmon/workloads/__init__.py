@@ -1,7 +1,7 @@
-"""What a run trains: model, batches, loss and evaluation behind one protocol, so that the loop knows none by name.
+"""What a run trains: model, batches, loss and evaluation behind one protocol; the loop knows none by name.
 
-WORKLOADS is the table of `--workload`, MODES that of `--mode`; both are plain names, and importing them imports no
-torch. `load(name)` brings the class.
+WORKLOADS is the table of `--workload`, MODES that of `--mode`; both are plain names, and importing them
+imports no torch. `load(name)` brings the class.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Workload(Protocol):
     """One job. Its random draws come from cfg["seed"] alone, never from torch's global generators.
 
-    `model` may be replaced by a wrapper with the same call (DDP, torch.compile) after `optimizer_groups()` was
-    read; `loss` and `evaluate` call whatever stands there.
+    `model` may be replaced by a wrapper with the same call (DDP, torch.compile) after `optimizer_groups()`
+    was read; `loss` and `evaluate` call whatever stands there.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Workload(Protocol):
         ...
 
     def batches(self, *, start: int) -> Iterator[Batch]:
-        """Yield training micro-batches on the host without end: numbers start + rank, start + rank + world_size, ...
+        """Yield training micro-batches on the host, endlessly: numbers start + rank, start + rank + world_size, ...
 
-        `start` counts the micro-batches that all ranks together have consumed. Which samples micro-batch number m
-        holds depends on the configuration and m only, so any number of ranks reads the same data and a resumed run
-        goes on where it stopped.
+        `start` counts the micro-batches that all ranks together have consumed. Which samples micro-batch
+        number m holds depends on the configuration and m only, so any number of ranks reads the same data and
+        a resumed run goes on where it stopped.
         """
         ...
 
@@ -62,7 +62,7 @@ class Workload(Protocol):
         ...
 
     def evaluate(self, *, max_batches: int) -> dict[str, float]:
-        """Return {"Loss/val_loss": ...} over at most `max_batches` fixed validation batches; every rank calls it.
+        """Return {"Loss/val_loss": ...} over at most `max_batches` fixed validation batches; all ranks call it.
 
         Waits for the device. Leaves the model in the mode (train or eval) it was in.
         """

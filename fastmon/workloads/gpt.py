@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmon.data.corpus import corpus_tokens, text_tokens
-from fastmon.data.shards import Tokens, Windows, find_shards, read_shard
+from fastmon.data.shards import Tokens, Windows, find_files, read_shard
 from fastmon.workloads.presets import Preset, preset
 from fastmon.workloads.transformer import GPT
 
@@ -35,7 +35,7 @@ class GPTWorkload:
     ) -> None:
         if len(val) < batch_size:
             raise ValueError(
-                f"{val.source} has {len(val)} windows of {val.seq_len} tokens, fewer than batch_size {batch_size}"
+                f"{val.source} has {len(val)} windows of {val.seq_len} tokens, batch_size is {batch_size}"
             )
         self.preset, self.train, self.val = row, train, val
         self.batch_size, self.device, self.rank, self.world_size = batch_size, device, rank, world_size
@@ -57,8 +57,8 @@ class GPTWorkload:
     ) -> GPTWorkload:
         """Read the data that cfg names, then make the model.
 
-        Keys: mode, width, seq_len, batch_size, seed, text, train_files, val_files, grad_checkpointing. Data errors
-        come before any weight is drawn.
+        Keys: mode, width, seq_len, batch_size, seed, text, train_files, val_files, grad_checkpointing. Data
+        errors come before any weight is drawn.
         """
         row = preset(cfg["mode"], width=cfg["width"])
         seq_len, seed = cfg["seq_len"], cfg["seed"]
@@ -79,7 +79,7 @@ class GPTWorkload:
         )
 
     def batches(self, *, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's (inputs, targets), both (batch_size, seq_len) int64 on the host, from `start` on."""
+        """Yield this rank's (inputs, targets), (batch_size, seq_len) int64 each, on the host, from `start` on."""
         index = start + self.rank
         while True:
             yield self._shifted(torch.from_numpy(self.train.batch(index, size=self.batch_size)))
@@ -107,8 +107,9 @@ class GPTWorkload:
     def evaluate(self, *, max_batches: int) -> dict[str, float]:
         """Return the mean loss over windows spread evenly over the validation data, the same at every call.
 
-        The batches are dealt out to the ranks and the sums added up. A rank without a batch of its own in the last
-        round computes one again and does not count it, so that sharded models take part in every forward.
+        The batches are dealt out to the ranks and the sums added up. A rank without a batch of its own in the
+        last round computes one again and does not count it, so that sharded models take part in every
+        forward.
         """
         count = max(1, min(max_batches, len(self.val) // self.batch_size))
         windows = self.val.spread(count * self.batch_size).reshape(count, self.batch_size)
@@ -128,7 +129,7 @@ class GPTWorkload:
         return {"Loss/val_loss": total.item() / count}
 
     def optimizer_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the blocks' 2-D weights as "matrix"; embedding, untied head, norm weights and biases as "other"."""
+        """Return the blocks' 2-D weights as "matrix"; embedding, untied head, norms and biases as "other"."""
         groups: dict[str, list[nn.Parameter]] = {"matrix": [], "other": []}
         for name, parameter in self.model.named_parameters():
             hidden = parameter.ndim >= 2 and "blocks." in name
@@ -164,7 +165,7 @@ def _token_arrays(cfg: Mapping[str, Any], row: Preset) -> list[tuple[list[Tokens
         if not (train_files and val_files):
             raise ValueError("--train-files and --val-files belong together; one of them is missing")
         return [
-            ([read_shard(path, vocab_size=row.vocab) for path in find_shards(pattern)], f"{kind} shards {pattern}")
+            ([read_shard(p, vocab_size=row.vocab) for p in find_files(pattern)], f"{kind} shards {pattern}")
             for kind, pattern in (("training", train_files), ("validation", val_files))
         ]
     train, val = text_tokens(text) if text else corpus_tokens()

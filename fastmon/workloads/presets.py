@@ -32,7 +32,7 @@ class Preset:
         Constant head width is what muP's transfer across width assumes (arXiv 2203.03466, appendix D).
         """
         if width <= 0 or width % self.head_dim:
-            raise ValueError(f"width must be a positive multiple of the head width {self.head_dim}, got {width}")
+            raise ValueError(f"width must be a positive multiple of the heads' {self.head_dim}, got {width}")
         return replace(self, dim=width, heads=width // self.head_dim, ffn=width * self.ffn // self.dim)
 
     def matmul_parameters(self) -> int:
@@ -62,7 +62,7 @@ def preset(
     *,
     width: int | None = None,
 ) -> Preset:
-    """Look `mode` up in PRESETS, at `width` instead of its own dim when given; ValueError on unknown modes."""
+    """Look `mode` up in PRESETS, at `width` in place of its dim when given; ValueError on an unknown mode."""
     if mode not in PRESETS:
         raise ValueError(f"unknown mode {mode!r}; the modes are {', '.join(PRESETS)}")
     row = PRESETS[mode]

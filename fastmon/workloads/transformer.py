@@ -7,7 +7,8 @@ apart because they are what the deep presets differ in:
 - rmsnorm    x + f(norm(x)), norm without weights; the embedding and the final stream are normalised too;
 - layernorm  x + f(LayerNorm(x)), with weight and bias, and a final LayerNorm (GPT-2);
 - deepnorm   LayerNorm(alpha x + f(x)), after the sum, with the value and output matrices shrunk by beta at
-             initialisation (arXiv 2203.00555): alpha = (2 L)^(1/4), beta = (8 L)^(-1/4) for a decoder of L blocks.
+             initialisation (arXiv 2203.00555): alpha = (2 L)^(1/4), beta = (8 L)^(-1/4) for a decoder of L
+             blocks.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from fastmon.workloads.next_token_loss import next_token_loss
 from fastmon.workloads.presets import Preset
 
+
 def _linear(rows_in: int, rows_out: int) -> nn.Linear:
     # skip_init leaves torch's global generator alone; GPT draws every weight from its own.
-    return nn.utils.skip_init(nn.Linear, rows_in, rows_out, bias=False)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, rows_in, rows_out, bias=False)
+    return layer
 
 
 class RMSNorm(nn.Module):
@@ -62,7 +65,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; one fused matrix for q, k and v, queries and keys RMS-normalised per head."""
+    """Causal multi-head attention: q, k and v from one matrix, queries and keys RMS-normalised per head."""
 
     def __init__(self, row: Preset, seq_len: int) -> None:
         super().__init__()
