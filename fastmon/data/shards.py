@@ -65,7 +65,7 @@ def write_shard(
 
 
 def find_files(pattern: str) -> list[Path]:
-    """Return the files that match the glob `pattern` (** crosses folders), sorted; FileNotFoundError if none."""
+    """Return the files that match the glob `pattern`, sorted, ** crossing folders; FileNotFoundError if none."""
     found = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
     files = [path for path in found if path.is_file()]
     if not files:
@@ -181,7 +181,7 @@ class Windows:
         *,
         size: int,
     ) -> NDArray[np.int64]:
-        """Return micro-batch `index` of the run, samples [index size, (index + 1) size): (size, seq_len + 1)."""
+        """Return micro-batch `index`, the samples [index size, (index + 1) size): (size, seq_len + 1)."""
         return self.read(self.order(np.arange(index * size, (index + 1) * size)))
 
     def spread(

@@ -45,7 +45,7 @@ class Workload(Protocol):
         ...
 
     def batches(self, *, start: int) -> Iterator[Batch]:
-        """Yield training micro-batches on the host, endlessly: numbers start + rank, start + rank + world_size, ...
+        """Yield training micro-batches on the host, endlessly: start + rank, start + rank + world_size, ...
 
         `start` counts the micro-batches that all ranks together have consumed. Which samples micro-batch
         number m holds depends on the configuration and m only, so any number of ranks reads the same data and
@@ -62,7 +62,7 @@ class Workload(Protocol):
         ...
 
     def evaluate(self, *, max_batches: int) -> dict[str, float]:
-        """Return {"Loss/val_loss": ...} over at most `max_batches` fixed validation batches; all ranks call it.
+        """Return {"Loss/val_loss": ...} over at most `max_batches` fixed batches; every rank calls it.
 
         Waits for the device. Leaves the model in the mode (train or eval) it was in.
         """
