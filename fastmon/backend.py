@@ -49,7 +49,7 @@ class Facts:
     dtypes: frozenset[torch.dtype]
     sm: int | None = None  # 90 for sm_90; None where the device is not an NVIDIA GPU
     prepared: bool = False  # the list belongs to a Plan, which may compile up front
-    shapes: tuple[tuple[int, ...], ...] = ()  # filled only for ops with a row that looks at shapes
+    shapes: tuple[tuple[int, ...], ...] = ()  # filled only for ops that look at shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,9 @@ class Impl:
         return self.fits(facts) if self.fits is not None else None
 
 
+OPS: dict[str, Op] = {}  # every contract by name; tests, benchmarks and `fastmon doctor` iterate it
+
+
 @dataclass(eq=False)
 class Op:
     """One registered contract `fastmon::<name>` and its implementations, best first.
@@ -117,18 +120,19 @@ class Op:
     traffic: Callable[..., Traffic]
     tolerance: Mapping[torch.dtype, Tolerance]
     impls: tuple[Impl, ...]
+    by_shape: bool = False  # whether a row looks at shapes; they are left out of the facts otherwise
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.impls, f"{self.schema}: an op has at least one implementation"
         self.name = self.schema.split("(", 1)[0]
+        OPS[self.name] = self
         _library.define(self.schema)
         _library.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastmon::{self.name}", self.fake, lib=_library)
         self.overload = getattr(torch.ops.fastmon, self.name).default
         arguments = self.overload._schema.arguments
         self.mutated = tuple(i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write)
-        self._by_shape = any(impl.fits is not None for impl in self.impls)
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on `args`, in the schema's order, by the best row for them."""
@@ -146,7 +150,7 @@ class Op:
             elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
                 tensors.extend(arg)
         kind = tensors[0].device.type if tensors else "cpu"
-        shapes = tuple(tuple(t.shape) for t in tensors) if self._by_shape else ()
+        shapes = tuple(tuple(t.shape) for t in tensors) if self.by_shape else ()
         sm = hardware.sm(tensors[0].device) if kind == "cuda" else None
         return Facts(kind, frozenset({t.dtype for t in tensors}), sm, prepared, shapes)
 

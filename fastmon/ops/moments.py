@@ -139,6 +139,7 @@ def reference(xs: list[Tensor], order: int) -> tuple[Tensor, Tensor]:
     rows = 7 if order == 2 else 9
     counts, stats = _allocate(xs, rows)
     for i, x in enumerate(xs):
+        counts[:, i] = 0
         counts[0, i] = x.numel()
         if x.numel() == 0:
             stats[:, i] = torch.tensor([0, 0, 0, torch.inf, -torch.inf, 0, 0, 0, 0][:rows])
