@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import shapes
 from fastmon import ops
-from fastmon.backend import Impl, Op, Traffic, force
+from fastmon.backend import Op, Traffic, force
 from fastmon.ops.spectral import gram_op
 
 LANCZOS_ITERS = 20
@@ -144,6 +144,8 @@ def rows(
     op: Op,
     case: Case,
     sets: Sequence[Inputs],
+    *,
+    only: str = "",
 ) -> tuple[list[Variant], dict[str, str]]:
     """Every row of the op's table that runs here, with its own copy of what the op writes; and the refusals
     by row."""
@@ -151,9 +153,11 @@ def rows(
     refused: dict[str, str] = {}
     facts = op.facts(sets[0].args, prepared=True)
     for impl in op.impls:
+        if only not in ("", impl.name):
+            continue
         reason = impl.refuses(facts)
         if reason is None and impl.compiled and not case.compile:
-            reason = "compile rows are timed on the cases that say so (set-up takes minutes on long lists)"
+            reason = "timed on the cases that say so (set-up takes minutes on long lists)"
         if reason is not None:
             refused[impl.name] = reason
             continue
@@ -174,11 +178,6 @@ def row_names(op: Op) -> list[str]:
 def traffic(op: Op, one: Inputs) -> Traffic:
     """Bytes and FLOPs of one call."""
     return op.traffic(*one.args)
-
-
-def impl(op: Op, name: str) -> Impl:
-    """The row of that name; KeyError where the table has none."""
-    return {row.name: row for row in op.impls}[name]
 
 
 def _own_state(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -122,12 +122,17 @@ PEERS: tuple[Peer, ...] = (
 )
 
 
-def variants(case: Case, sets: Sequence[Inputs]) -> list[Variant]:
+def variants(case: Case, sets: Sequence[Inputs], *, only: str = "") -> list[Variant]:
     """The peers of a case's op, bound to its input sets; compiled ones only where the case says so."""
     count = sum(x.numel() for xs in sets[0].lists for x in xs)
     found = []
     for peer in PEERS:
-        if case.op not in peer.ops or count > peer.most or (peer.compiled and not case.compile):
+        if (
+            only not in ("", peer.name)
+            or case.op not in peer.ops
+            or count > peer.most
+            or (peer.compiled and not case.compile)
+        ):
             continue
         if sets[0].flats[0].is_cuda and not peer.captures:
             continue

@@ -46,6 +46,7 @@ class RunLog:
     header: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     broken: list[tuple[int, str]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)  # {"step": ..., "event": kind, ...}
 
     def series(self, name: str) -> Series:
         """The finite values of one metric, in file order; empty when the run never logged it."""
@@ -99,6 +100,8 @@ def read_run(
                 log.header.update(entry)
             elif isinstance(entry["step"], bool) or not isinstance(entry["step"], int):
                 log.broken.append((number, f"step is {entry['step']!r}, not an integer"))
+            elif "event" in entry:
+                log.events.append(entry)
             else:
                 log.rows.append({name: _value(name, value) for name, value in entry.items()})
     return log

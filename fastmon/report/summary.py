@@ -14,6 +14,7 @@ CONFIG_KEYS = (  # the configuration fields that tell two runs apart, in the ord
     "workload", "mode", "width", "optimizer", "lr", "schedule", "weight_decay", "batch_size", "grad_accum",
     "seq_len", "steps", "grad_clip", "precision", "seed", "monitor",
 )  # fmt: skip
+_EVENT_HEAD = ("step", "time", "rank", "event")
 NO_PLOTS = "Plots: matplotlib is not installed; `pip install 'fastmon[plots]'` adds summary.png."
 
 
@@ -182,7 +183,7 @@ def _family(prefix: str, *logs: RunLog) -> dict[str, Series]:
 
 
 def _trouble(logs: Iterable[RunLog]) -> str:
-    """Non-finite values by metric with their first step, non-finite gradients, and unreadable lines."""
+    """Non-finite values by metric with their first step, non-finite gradients, events, unreadable lines."""
     lines = []
     for log in logs:
         events = log.nonfinite
@@ -198,6 +199,11 @@ def _trouble(logs: Iterable[RunLog]) -> str:
                 f"- non-finite gradients in {len(bad)} steps, first at step {bad[0][0]} "
                 f"({bad[0][1]:.0f} elements)"
             )
+        for event in log.events[:10]:
+            facts = ", ".join(f"{key} {_plain(event[key])}" for key in event if key not in _EVENT_HEAD)
+            lines.append(f"- step {event['step']}: {event['event']}" + (f" ({facts})" if facts else ""))
+        if len(log.events) > 10:
+            lines.append(f"- and {len(log.events) - 10} more events in `{log.path.name}`")
         if log.broken:
             shown = "; ".join(f"line {number}: {reason}" for number, reason in log.broken[:5])
             more = f"; and {len(log.broken) - 5} more" if len(log.broken) > 5 else ""
