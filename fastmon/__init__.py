@@ -14,18 +14,10 @@ if TYPE_CHECKING:
     from fastmon.metrics import METRICS
     from fastmon.monitor import Monitor
     from fastmon.monitors.spectral import compute_weight_spectral_norms
-    from fastmon.ops import (
-        Moments,
-        PairMoments,
-        Spectral,
-        lanczos_norm,
-        merge_moments,
-        moments,
-        newton_schulz,
-        pair_moments,
-        spectral_norm,
-        spectral_state,
-    )
+    from fastmon.ops.moments import Moments, merge_moments, moments
+    from fastmon.ops.newton_schulz import newton_schulz
+    from fastmon.ops.pair_moments import PairMoments, pair_moments
+    from fastmon.ops.spectral import Spectral, lanczos_norm, spectral_norm, spectral_state
 
 __version__ = "0.1.0"
 
@@ -41,7 +33,7 @@ _OPS = (
     "spectral_norm",
     "spectral_state",
 )
-_HOME = {name: "fastmon.ops" for name in _OPS} | {
+_HOME = dict.fromkeys(_OPS, "fastmon.ops") | {
     "METRICS": "fastmon.metrics",
     "Monitor": "fastmon.monitor",
     "compute_weight_spectral_norms": "fastmon.monitors.spectral",

@@ -92,7 +92,9 @@ class Impl:
         if self.device not in (None, facts.device) and not (interpreted and facts.device == "cpu"):
             return f"for {self.device}, the tensors are on {facts.device}"
         if self.sm is not None and (facts.sm is None or facts.sm < self.sm):
-            return f"needs sm_{self.sm}, this device is {f'sm_{facts.sm}' if facts.sm else 'not an NVIDIA GPU'}"
+            return (
+                f"needs sm_{self.sm}, this device is {f'sm_{facts.sm}' if facts.sm else 'not an NVIDIA GPU'}"
+            )
         if self.dtypes is not None and not facts.dtypes <= self.dtypes:
             odd = sorted(str(d).removeprefix("torch.") for d in facts.dtypes - self.dtypes)
             return f"does not take {', '.join(odd)}"
@@ -139,7 +141,8 @@ class Op:
         return self.overload(*args)
 
     def _dispatch(self, *args: Any) -> Any:
-        return choose(self, self.facts(args)).function()(*args)
+        with hardware.trace(self.name):
+            return choose(self, self.facts(args)).function()(*args)
 
     def facts(self, args: Sequence[Any], *, prepared: bool = False) -> Facts:
         """The facts that a choice for these arguments depends on."""
@@ -180,9 +183,13 @@ def choose(op: Op, facts: Facts) -> Impl:
         taken = [impl for impl, reason in rows if reason is None and wish in (None, impl.name)]
         if not taken:
             listing = "; ".join(f"{impl.name}: {reason or 'could run'}" for impl, reason in rows)
-            raise BackendError(f"fastmon::{op.name} has no implementation {wish or ''!r} that can run here. {listing}")
+            raise BackendError(
+                f"fastmon::{op.name} has no implementation {wish or ''!r} that can run here. {listing}"
+            )
         _choices[key] = taken[0]
-        passed = [(impl, why) for impl, why in rows[: op.impls.index(taken[0])] if impl.device == facts.device]
+        passed = [
+            (impl, why) for impl, why in rows[: op.impls.index(taken[0])] if impl.device == facts.device
+        ]
         if wish is None and passed:
             why = "; ".join(f"{impl.name}: {reason}" for impl, reason in passed)
             log.info("fastmon::%s uses %s on %s (%s)", op.name, taken[0].name, facts.device, why)
@@ -229,12 +236,19 @@ def compiler_missing(facts: Facts) -> str | None:
         return "compiles only prepared lists (Plan.prepare), never inside a step"
     if facts.device == "cuda":
         return triton_missing()
-    if facts.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
+    if (
+        facts.device == "cpu"
+        and not shutil.which(os.environ.get("CXX", "g++"))
+        and not shutil.which("clang++")
+    ):
         return "no C++ compiler on this machine"
     return None
 
 
-_MISSING: dict[str, Callable[[], str | None]] = {"extension": lambda: extension(), "triton": lambda: triton_missing()}
+_MISSING: dict[str, Callable[[], str | None]] = {
+    "extension": lambda: extension(),
+    "triton": lambda: triton_missing(),
+}
 
 
 @functools.cache

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,3 +87,27 @@ def cpu_has_bf16() -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def _annotate() -> Any:
+    if os.environ.get("FASTMON_NVTX", "0") in ("", "0"):
+        return None
+    try:
+        return importlib.import_module("nvtx").annotate
+    except ImportError as error:
+        raise RuntimeError(
+            "FASTMON_NVTX is set, but the package nvtx is not installed (pip install nvtx)"
+        ) from error
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def trace(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A named NVTX range for profilers such as Nsight Systems, where FASTMON_NVTX=1 is set; else nothing."""
+    annotate = _annotate()
+    context: contextlib.AbstractContextManager[Any] = (
+        _NOTHING if annotate is None else annotate(name, domain="fastmon")
+    )
+    return context

@@ -11,7 +11,9 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that op tests run on (default: cpu)")
-    parser.addoption("--seed", default="42", help="an integer, or `random` to draw and print one (default: 42)")
+    parser.addoption(
+        "--seed", default="42", help="an integer, or `random` to draw and print one (default: 42)"
+    )
 
 
 def pytest_configure(config):

@@ -28,7 +28,13 @@ def example(name):
         "spectral_state": (ws, 2, 0),
         "lanczos": (ws, state, 3),
         "newton_schulz": ([cases.gaussian(6, 5), cases.gaussian(2, 3, 9)], "ns5", 5, torch.float32, None),
-        "newton_schulz_moments": ([cases.gaussian(6, 5), cases.gaussian(3, 9)], "ns5", 5, torch.float32, None),
+        "newton_schulz_moments": (
+            [cases.gaussian(6, 5), cases.gaussian(3, 9)],
+            "ns5",
+            5,
+            torch.float32,
+            None,
+        ),
         "tap": None,  # mutates a buffer of its own: tests/test_monitors.py
     }[name]
 
@@ -123,13 +129,13 @@ def test_refusals_are_sentences(impl, facts, words):
 def test_missing_parts_are_reasons(monkeypatch):
     monkeypatch.setattr(backend, "extension", lambda: "not built")
     monkeypatch.setattr(backend, "triton_missing", lambda: "triton is not installed")
-    reasons = dict((impl.name, why) for impl, why in explain(OPS["moments"], Facts("cuda", FP32, prepared=True)))
+    reasons = {impl.name: why for impl, why in explain(OPS["moments"], Facts("cuda", FP32, prepared=True))}
     assert reasons["triton"] == "triton is not installed"
     assert reasons["compile"] == "triton is not installed"
-    reasons = dict((impl.name, why) for impl, why in explain(OPS["moments"], Facts("cpu", FP32)))
+    reasons = {impl.name: why for impl, why in explain(OPS["moments"], Facts("cpu", FP32))}
     assert reasons["cpp"] == "not built"
     monkeypatch.setattr(backend.shutil, "which", lambda name: None)
-    prepared = dict((i.name, why) for i, why in explain(OPS["moments"], Facts("cpu", FP32, prepared=True)))
+    prepared = {i.name: why for i, why in explain(OPS["moments"], Facts("cpu", FP32, prepared=True))}
     assert prepared["compile"] == "no C++ compiler on this machine"
 
 

@@ -55,7 +55,12 @@ def test_moments_equal_fp64(row, dtype):
         slack = {"mean": 1e-5 * spread + 1e-6 * abs(want["mean"]), "m2": 1e-6, "m3": 2e-5 * want["scale"]}
         for key in ("mean", "m2", "sumsq", "l2", "m3", "m4"):
             tolerance = RTOL[dtype] * abs(want[key]) + slack.get(key, 0.0)
-            assert abs(getattr(got, key)[i].item() - want[key]) <= tolerance, (name, key, got[3][i], want[key])
+            assert abs(getattr(got, key)[i].item() - want[key]) <= tolerance, (
+                name,
+                key,
+                got[3][i],
+                want[key],
+            )
     assert got.nonfinite.sum() == 0
 
 
@@ -116,7 +121,7 @@ def test_merging_parts_equals_the_whole(row):
 
 @pytest.mark.parametrize("row", rows("moments"))
 def test_deterministic_and_independent_of_grouping(row):
-    xs = list(cases.tensors(torch.float32).values()) + [cases.gaussian(300_000)]
+    xs = [*list(cases.tensors(torch.float32).values()), cases.gaussian(300000)]
     ys = [x.flip(0) if x.ndim else x for x in xs]
     with force(row):
         first, again = ops.moments(xs), ops.moments(xs)
@@ -135,7 +140,9 @@ def test_pair_moments_equal_fp64(row, dtype):
     named = cases.tensors(dtype)
     xs = list(named.values())
     ys = [cases.gaussian(*x.shape, dtype=dtype) if x.ndim else x * 2 for x in xs]
-    ys[list(named).index("transposed")] = xs[list(named).index("transposed")] * 3  # same strides as its partner
+    ys[list(named).index("transposed")] = (
+        xs[list(named).index("transposed")] * 3
+    )  # same strides as its partner
     before = bits(xs + ys)
     with force(row):
         got = ops.pair_moments(xs, ys)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -29,7 +28,9 @@ def as_matrices(ws: Tensor | Sequence[Tensor], op: str) -> list[Tensor]:
     matrices: list[Tensor] = []
     for i, w in enumerate(as_list(ws, op)):
         if w.ndim < 2:
-            raise ValueError(f"{op} wants matrices (at least 2 dimensions), got shape {tuple(w.shape)} at position {i}")
+            raise ValueError(
+                f"{op} wants matrices (at least 2 dimensions), got shape {tuple(w.shape)} at position {i}"
+            )
         matrices += w.unbind(0) if w.ndim == 3 else [w.flatten(1)]
     return matrices
 
@@ -64,7 +65,9 @@ def same_shapes(xs: Sequence[Tensor], ys: Sequence[Tensor], op: str) -> None:
         raise ValueError(f"{op} wants two lists of one length, got {len(xs)} and {len(ys)}")
     for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
         if x.shape != y.shape:
-            raise ValueError(f"{op} wants pairs of one shape, got {tuple(x.shape)} and {tuple(y.shape)} at {i}")
+            raise ValueError(
+                f"{op} wants pairs of one shape, got {tuple(x.shape)} and {tuple(y.shape)} at {i}"
+            )
     if xs and xs[0].device != ys[0].device:
         raise ValueError(f"{op} wants both lists on one device, got {xs[0].device} and {ys[0].device}")
 
@@ -72,5 +75,3 @@ def same_shapes(xs: Sequence[Tensor], ys: Sequence[Tensor], op: str) -> None:
 def element_bytes(tensors: Sequence[Tensor]) -> int:
     """Bytes of all elements, each counted once."""
     return sum(t.numel() * t.element_size() for t in tensors)
-
-

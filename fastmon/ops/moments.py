@@ -71,7 +71,9 @@ class Moments(NamedTuple):
 
     def _central(self, m: Tensor | None) -> Tensor:
         if m is None:
-            raise ValueError("skewness and kurtosis need moments(..., order=4); these were computed with order=2")
+            raise ValueError(
+                "skewness and kurtosis need moments(..., order=4); these were computed with order=2"
+            )
         return m / self.numel
 
 
@@ -115,7 +117,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         m3 = a.m3 + b.m3 + d**3 * (n_a * n_b * (n_a - n_b) / n**2)
         m3 = m3 + 3 * d * (n_a * b.m2 - n_b * a.m2) / n
         m4 = a.m4 + b.m4 + d**4 * (n_a * n_b * (n_a * n_a - n_a * n_b + n_b * n_b) / n**3)
-        m4 = m4 + 6 * d**2 * (n_a * n_a * b.m2 + n_b * n_b * a.m2) / n**2 + 4 * d * (n_a * b.m3 - n_b * a.m3) / n
+        m4 = (
+            m4
+            + 6 * d**2 * (n_a * n_a * b.m2 + n_b * n_b * a.m2) / n**2
+            + 4 * d * (n_a * b.m3 - n_b * a.m3) / n
+        )
         high = (m3, m4)
     scale = power_of_two(torch.maximum(a.l2, b.l2))
     l2 = torch.hypot(a.l2 / scale, b.l2 / scale) * scale

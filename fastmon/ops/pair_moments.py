@@ -134,6 +134,7 @@ def _one_dtype(facts: Facts) -> str | None:
     return None if len(facts.dtypes) <= 1 else "pairs of mixed dtypes go to the eager row"
 
 
+_TRITON = "fastmon.kernels.pair_moments:launch"
 _WHY = "fp32 products summed in chunks, chunks added in fp64; a dot that cancels is bounded by |x||y|"
 op = Op(
     "pair_moments(Tensor[] xs, Tensor[] ys) -> Tensor",
@@ -142,7 +143,14 @@ op = Op(
     traffic=traffic,
     tolerance={dtype: Tolerance(2e-5, 1e-6, _WHY) for dtype in FLOATS},
     impls=(
-        Impl("triton", "fastmon.kernels.pair_moments:launch", device="cuda", dtypes=FLOATS, needs="triton", fits=_one_dtype),
+        Impl(
+            "triton",
+            "fastmon.kernels.pair_moments:launch",
+            device="cuda",
+            dtypes=FLOATS,
+            needs="triton",
+            fits=_one_dtype,
+        ),
         Impl("cpp", native, device="cpu", dtypes=FLOATS, needs="extension", fits=_one_dtype),
         Impl("compile", reference, compiled=True),
         Impl("eager", reference),

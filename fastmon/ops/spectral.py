@@ -90,7 +90,8 @@ def spectral_state(ws: Tensor | Sequence[Tensor], *, block: int = 1, seed: int =
     if not 1 <= block <= 8:
         raise ValueError(f"block is 1 to 8, got {block}")
     with torch.no_grad():
-        return state_op(matrices, block, seed)
+        state: Tensor = state_op(matrices, block, seed)
+    return state
 
 
 def state_reference(ws: list[Tensor], block: int, seed: int) -> Tensor:
@@ -129,13 +130,17 @@ def block_of(ns: Sequence[int], state: Tensor) -> int:
     width = sum(pad16(n) for n in ns)
     block = (state.numel() - HEADER * len(ns)) // width if width else 1
     if state.numel() != HEADER * len(ns) + block * width:
-        raise ValueError(f"a state of {state.numel()} floats does not belong to {len(ns)} matrices of these widths")
+        raise ValueError(
+            f"a state of {state.numel()} floats does not belong to {len(ns)} matrices of these widths"
+        )
     return block
 
 
 def _check_state(ws: list[Tensor], state: Tensor) -> None:
     if state.dtype != torch.float32 or state.ndim != 1 or not state.is_contiguous():
-        raise ValueError(f"a state is a flat contiguous float32 tensor, got {state.dtype} {tuple(state.shape)}")
+        raise ValueError(
+            f"a state is a flat contiguous float32 tensor, got {state.dtype} {tuple(state.shape)}"
+        )
     if ws and state.device != ws[0].device:
         raise ValueError(f"the state is on {state.device}, the matrices are on {ws[0].device}")
     block_of([w.shape[1] for w in ws], state)
@@ -397,7 +402,9 @@ norm_op = Op(
     traffic=traffic,
     tolerance=_TOLERANCE,
     impls=(
-        Impl("triton", "fastmon.kernels.spectral:spectral_norm", device="cuda", dtypes=FLOATS, needs="triton"),
+        Impl(
+            "triton", "fastmon.kernels.spectral:spectral_norm", device="cuda", dtypes=FLOATS, needs="triton"
+        ),
         Impl("cpp", norm_native, device="cpu", dtypes=FLOATS, needs="extension"),
         Impl("compile", norm_reference, compiled=True),
         Impl("eager", norm_reference),
