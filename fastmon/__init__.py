@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastmon.monitor import Monitor
     from fastmon.monitors.spectral import compute_weight_spectral_norms
     from fastmon.ops.moments import Moments, merge_moments, moments
-    from fastmon.ops.newton_schulz import newton_schulz
+    from fastmon.ops.newton_schulz import Polar, newton_schulz
     from fastmon.ops.pair_moments import PairMoments, pair_moments
     from fastmon.ops.spectral import Spectral, lanczos_norm, spectral_norm, spectral_state
 
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 _OPS = (
     "Moments",
     "PairMoments",
+    "Polar",
     "Spectral",
     "lanczos_norm",
     "merge_moments",
@@ -45,6 +46,7 @@ __all__ = [
     "Moments",
     "Monitor",
     "PairMoments",
+    "Polar",
     "Spectral",
     "backend",
     "compute_weight_spectral_norms",

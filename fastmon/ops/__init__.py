@@ -9,6 +9,7 @@ inputs' device and never waits for it.
 
 from fastmon.backend import OPS
 from fastmon.ops.moments import Moments, merge_moments, moments
+from fastmon.ops.newton_schulz import Polar, newton_schulz
 from fastmon.ops.pair_moments import PairMoments, pair_moments
 from fastmon.ops.spectral import Spectral, lanczos_norm, spectral_norm, spectral_state
 
@@ -16,10 +17,12 @@ __all__ = [
     "OPS",
     "Moments",
     "PairMoments",
+    "Polar",
     "Spectral",
     "lanczos_norm",
     "merge_moments",
     "moments",
+    "newton_schulz",
     "pair_moments",
     "spectral_norm",
     "spectral_state",
