@@ -22,7 +22,7 @@ from fastmon.optim import Muon
 from fastmon.sinks import Jsonl
 from fastmon.workloads import load
 
-MONITORS: dict[str, tuple[str, ...]] = {  # the parts of a preset as globs: every METRICS row is in exactly one
+MONITORS: dict[str, tuple[str, ...]] = {  # parts of a preset as globs: every METRICS row is in exactly one
     "loss, lr and time": ("Loss/*", "Optimization/lr*", "Optimization/momentum", "Optimization/loss_scale",
                           "Optimization/step_skipped", "Time/*"),
     "gradient norms": ("Optimization/grad_norm*", "Gradients/*"),
@@ -45,7 +45,8 @@ def monitor_options(variant: str) -> dict[str, Any]:
 
 @dataclass
 class Job:
-    """One copy of the training loop; `step()` is one optimizer step, accumulation included, observed or not."""
+    """One copy of the training loop; `step()` is one optimizer step, accumulation included, observed or
+    not."""
 
     variant: str
     cfg: Mapping[str, Any]

@@ -3,10 +3,10 @@
     python -m benchmarks.overhead [--minutes 3] [--variants off2 cheap usual full] [--alone] [--keep]
 
 Each variant is a copy of the same run (same seed, same arithmetic). A round gives every copy one stretch of
-steps, in a rotated order; the ratio is stretch time over the unmonitored copy's stretch time in the same round.
-`off2` is a second unmonitored copy: its ratio is the noise floor. Two figures per variant: the median ratio, and
-the ratio of the summed times, which also holds what does not happen every step (the restart of the spectral
-vectors every 100 steps).
+steps, in a rotated order; the ratio is stretch time over the unmonitored copy's stretch time in the same
+round. `off2` is a second unmonitored copy: its ratio is the noise floor. Two figures per variant: the median
+ratio, and the ratio of the summed times, which also holds what does not happen every step (the restart of the
+spectral vectors every 100 steps).
 """
 
 from __future__ import annotations

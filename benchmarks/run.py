@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own)")
     parser.add_argument("--out", type=Path, help="folder for the CSVs")
+    parser.add_argument("--partial", action="store_true", help="write CSVs in place, valid whenever cut off")
     parser.add_argument("--keep", action="store_true", help="write the committed CSVs in benchmarks/results")
     parser.add_argument("--check-bars", action="store_true", help="exit 1 where a bar is not met")
     args = parser.parse_args(argv)
@@ -149,13 +150,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     both = not args.ops and not args.bars
     met = True
     if args.bars or both:
-        met = bars.run(device, out=folder / f"bars_{device.type}.csv" if folder else None)
+        met = bars.run(
+            device, out=folder / f"bars_{device.type}.csv" if folder else None, partial=args.partial
+        )
     if args.ops or both:
         run_ops(
             device,
             seconds=args.seconds,
             select=args.select,
             out=folder / f"ops_{device.type}.csv" if folder else None,
+            partial=args.partial,
         )
     return 1 if args.check_bars and not met else 0
 

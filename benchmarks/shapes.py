@@ -34,6 +34,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "gpt2-block": gpt2_hidden(layers=1),  # 4 matrices, 7.1 M elements: a quick stand-in for the 48
     "nano": ((8192, 128), *gpt2_hidden(layers=4, dim=128)),  # the default run's matrices, tied head
     "nano-hidden": gpt2_hidden(layers=4, dim=128),
+    "tiny": ((1, 1), (3, 5), (17, 33), (64, 48), (48, 64)),  # for checks, not for timing
     "odd": ((1, 1), (1, 777), (777, 1), (4, 3001), (127, 129), (1000, 3), (63, 4097), (513, 511)),
     "many-small": ((768,),) * 1000 + ((16, 48),) * 1000,  # 2,000 tensors: host cost, not bandwidth
     "per-head": ((64, 768),) * 144,  # every attention head of 12 layers on its own

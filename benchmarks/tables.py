@@ -77,7 +77,8 @@ def overhead_table() -> str:
 
 
 def speed_table() -> str:
-    """For each measured case the row that `choose` would take, the torch yardstick and the share of the roofline."""
+    """For each measured case the row that `choose` would take, the torch yardstick and the share of the
+    roofline."""
     rows = _results("ops_cpu.csv")
     cells = []
     for case in dict.fromkeys((row["op"], row["shape"], row["dtype"]) for row in rows):
@@ -103,7 +104,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """The document with every marked table made anew; TableError for a marker that names none or does not close."""
+    """The document with every marked table made anew; TableError for a marker that names none or does not
+    close."""
     for end, name in _OPENING.findall(text):
         if name not in TABLES:
             raise TableError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
@@ -129,7 +131,8 @@ def _source(rows: Sequence[record.Row], name: str, where: str = "") -> str:
     """The line under a table: which machine, versions, commit, date and file."""
     row = rows[-1]
     machine = f"{row['device']}, {row['threads']} threads"
-    return f"\n\n{where}{machine}, torch {row['torch']}, {row['date']}, commit {row['commit']}; `benchmarks/results/{name}`"
+    measured = f"torch {row['torch']}, {row['date']}, commit {row['commit']}"
+    return f"\n\n{where}{machine}, {measured}; `benchmarks/results/{name}`"
 
 
 def _percent(ratio: str, low: str, high: str) -> str:

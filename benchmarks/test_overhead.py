@@ -2,8 +2,9 @@
 
     pytest benchmarks/test_overhead.py --benchmark-enable --benchmark-json=overhead.json
 
-Before every timed stretch an unmonitored copy of the same run trains one stretch too (pytest-benchmark's set-up,
-not in the figure); the ratio to it goes to the JSON's extra_info, so a slow minute of the machine hits both.
+Before every timed stretch an unmonitored copy of the same run trains one stretch too (pytest-benchmark's
+set-up, not in the figure); the ratio to it goes to the JSON's extra_info, so a slow minute of the machine
+hits both.
 """
 
 import statistics
