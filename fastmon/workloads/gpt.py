@@ -79,7 +79,7 @@ class GPTWorkload:
         )
 
     def batches(self, *, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's (inputs, targets), (batch_size, seq_len) int64 each, on the host, from `start`."""
+        """Yield this rank's (inputs, targets), (batch_size, seq_len) int64 each, on the host."""
         index = start + self.rank
         while True:
             yield self._shifted(torch.from_numpy(self.train.batch(index, size=self.batch_size)))

@@ -42,7 +42,7 @@ class _NextTokenLoss(torch.autograd.Function):
             capped = z.clone() if softcap and (need_x or need_w) else None
             p = z.sub_(peak).exp_()
             mass = p.sum(dim=1, keepdim=True)
-            total += (mass.log() + peak - zt).sum()
+            total += (mass.log() + (peak - zt)).sum()  # peak first: large logits cancel exactly
             if not (need_x or need_w):
                 continue
             p.mul_(mass.reciprocal_().div_(n))
