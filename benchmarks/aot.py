@@ -112,7 +112,22 @@ def moments_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object
     yield "unaligned", lambda: pair_moments.launch([x[1:]], [x[1:]])
 
 
-CASES: tuple[Callable[[torch.dtype], Iterator[tuple[str, Callable[[], object]]]], ...] = (moments_cases,)
+def newton_schulz_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    from fastmon.kernels import newton_schulz
+
+    for side in (256, 768):
+        for shape in ((side, 1024), (1024, side)):
+            x = torch.zeros(shape, dtype=dtype)
+            name = "x".join(map(str, shape))
+            yield name, lambda x=x: newton_schulz.launch([x], "ns5", 2, dtype, dtype)
+    odd = torch.zeros(250, 333, dtype=dtype)
+    yield "250x333", lambda: newton_schulz.launch([odd], "ns5", 2, dtype, dtype)
+
+
+CASES: tuple[Callable[[torch.dtype], Iterator[tuple[str, Callable[[], object]]]], ...] = (
+    moments_cases,
+    newton_schulz_cases,
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -128,7 +143,9 @@ def launches(target: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Laun
                     _, signature, constexprs, attrs = specialise(kernel, args, kwargs, TARGETS[target])
                     # A kernel that never sees the dtype is the same for all of them and is listed once.
                     key = repr((kernel.fn.__name__, signature, constexprs, attrs))
-                    found.setdefault(key, Launch(kernel, args, kwargs, name_of(dtype), variant))
+                    flags = [flag.lower() for flag in ("ADD", "TABLE") if kwargs.get(flag)]
+                    label = " ".join([variant, *flags]).strip()
+                    found.setdefault(key, Launch(kernel, args, kwargs, name_of(dtype), label))
     return list(found.values())
 
 

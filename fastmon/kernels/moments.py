@@ -35,7 +35,7 @@ from .pointers import (
 )
 
 CHUNK = 65536  # elements a program; counts below 2^24 stay exact in an fp32 partial
-THREAD = 8  # elements a thread and step: one 16-byte load in bf16, two in fp32
+THREAD = {2: 8, 4: 4}  # elements a thread and step, by order: 8 are one 16-byte load in bf16, two in fp32
 UNROLL = 4  # steps whose loads are in flight together
 MERGE_BLOCK = 256  # chunks a step of stage two
 CHUNK_LAUNCH = {"num_warps": 4, "num_stages": 1}
@@ -44,7 +44,7 @@ MERGE_LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 @triton.jit
 def accumulate(x, k, mean, m2, m3, m4, ORDER: tl.constexpr):
-    """Add each lane's k-th value; a lane given its own mean is left as it is, which is how tails are masked."""
+    """Add each lane's k-th value; a lane given its own mean is left as it is: so tails are masked."""
     delta = x - mean
     step = delta * (1.0 / k)
     if ORDER == 2:
@@ -280,7 +280,7 @@ def launch(xs: list[Tensor], order: int) -> tuple[Tensor, Tensor]:
     table = resident(pointers, lambda: pointers, device)
     numel, first, owner = cuts.tables(device)
     partial = torch.empty((rows + 1, cuts.chunks), dtype=torch.float32, device=device)
-    tile = THREAD * CHUNK_LAUNCH["num_warps"] * lanes(device)
+    tile = THREAD[order] * CHUNK_LAUNCH["num_warps"] * lanes(device)
     for group in cuts.groups:
         moments_chunks[(group.end - group.begin,)](
             table,

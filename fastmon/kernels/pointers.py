@@ -173,9 +173,9 @@ def pow2_double(e):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Cast fp32 to DTYPE, to nearest even; the interpreter truncates to bf16, so there a carry comes first."""
+    """Cast fp32 to DTYPE, to nearest even; the interpreter truncates to bf16, so a carry comes first."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
-        carried = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        carried = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, carried, x)
     return x.to(DTYPE)
