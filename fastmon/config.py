@@ -63,7 +63,7 @@ class Config:
         0.08, "decay of the matrices in a step, as a multiple of the learning rate", low=0)
     batch_size: int = optimization(4, "sequences in a micro-batch", low=1)
     grad_accum: int = optimization(4, "micro-batches in a step, over all processes", low=1)
-    steps: int = optimization(10000, "optimizer steps in the whole run", low=0)
+    steps: int = optimization(10000, "optimizer steps in the whole run", low=1)
     schedule: str = optimization("cosine", "shape of the learning rate after the warm-up", choices=SCHEDULES)
     warmup: int = optimization(200, "steps of linear warm-up", low=0)
     min_lr_ratio: float = optimization(0.1, "final learning rate as a fraction of the peak", low=0, high=1)
@@ -111,6 +111,21 @@ class Config:
             raise ConfigError(f"{there} needs {missing} beside it")
         if self.run_name is not None and not re.fullmatch(r"[^./\\\0][^/\\\0]*", self.run_name):
             raise ConfigError(f"--run-name is a folder's name, without / or first dot, got {self.run_name!r}")
+
+    def monitor_every(self) -> dict[str, int]:
+        """Return what the flags change in the schedules of the monitor's preset."""
+        every: dict[str, int] = {}
+        if self.monitor_spectral_every is not None:
+            names = ("Model/spectral_*", "Model/stable_rank/<param>")
+            every |= dict.fromkeys(names, self.monitor_spectral_every)
+        interval = self.monitor_activations_every
+        if self.monitor_activations is False:
+            every["Activations/*"] = 0
+        elif interval is not None or (self.monitor_activations and self.monitor == "cheap"):
+            parts = ("mean", "std", "min", "max", "l2_norm", "zero_frac")
+            parts += ("kurtosis",) if self.monitor == "full" else ()
+            every |= {f"Activations/<module>_{part}": 100 if interval is None else interval for part in parts}
+        return every
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dict, fit for JSON and for `--config`."""

@@ -14,15 +14,22 @@ small model.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 TIMEOUT = datetime.timedelta(minutes=5)  # a rank that waits longer for the others gives up with an error
+
+
+T = TypeVar("T")
+
+
+class Refused(ValueError):
+    """What some rank could not do, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,24 @@ def gather(fact: Any) -> list[Any]:
     facts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(facts, fact)
     return facts
+
+
+def together(act: Callable[[], T]) -> T:
+    """Do `act` on every rank and return its result; where it fails on one, no rank goes on.
+
+    A ValueError or OSError of any rank is raised on all of them as Refused, with the first rank's sentence, so
+    that none is left waiting for the one that gave up.
+    """
+    result, wrong = None, None
+    try:
+        result = act()
+    except OSError as error:
+        wrong = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+    except ValueError as error:
+        wrong = str(error)
+    if wrong := next((one for one in gather(wrong) if one), None):
+        raise Refused(wrong)
+    return cast(T, result)
 
 
 def wrap(module: nn.Module, ranks: Ranks) -> nn.Module:

@@ -14,11 +14,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self
 
 import torch
 
@@ -61,6 +62,18 @@ def create(folder: Path, config: Mapping[str, Any]) -> None:
         raise
 
 
+def claim(folder: Path, config: Mapping[str, Any], *, step: int, say: Callable[[str], None]) -> None:
+    """Take the folder of a run that goes on after `step`: make it when new, else rewind it; say what was done."""
+    if not folder.is_dir():
+        create(folder, config)
+        return
+    for path in checkpoint.sweep(folder / "checkpoints"):
+        say(f"removed {path.name}, left by a killed save")
+    for line in rewind(folder, step=step):
+        say(line)
+    write_config(folder, config)
+
+
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.json in one rename."""
     draft = folder / ".config.json"
@@ -87,26 +100,36 @@ def provenance() -> dict[str, Any]:
     return facts | ({"git_commit": found.stdout.strip()} if found.returncode == 0 else {})
 
 
-class Tee:
-    """A text stream that writes to the console and, line by line, to a file."""
+class Interruption:
+    """SIGTERM and SIGINT as a wish that the loop meets after the step it is in.
 
-    def __init__(self, stream: TextIO, file: TextIO) -> None:
-        self._streams = (stream, file)
+    A second SIGINT stops at once, as usual; under torchrun it does not, because torchrun passes on to its
+    processes the signal that the terminal already sent them.
+    """
 
-    def write(self, text: str) -> int:
-        """Write `text` to both."""
-        for stream in self._streams:
-            stream.write(text)
-        return len(text)
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
 
-    def flush(self) -> None:
-        """Flush both."""
-        for stream in self._streams:
-            stream.flush()
+    @property
+    def came(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
 
-    def isatty(self) -> bool:
-        """Whether the console is a terminal."""
-        return self._streams[0].isatty()
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        again = self.signal is signal.SIGINT and number == signal.SIGINT
+        if again and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt
+        self.signal = self.signal or signal.Signals(number)
 
 
 def rewind(folder: Path, *, step: int) -> list[str]:

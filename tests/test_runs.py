@@ -1,9 +1,9 @@
 """The folder of a run: claimed whole, its record true, its logs repaired and cut."""
 
 import datetime
-import io
 import json
 import os
+import signal
 
 import pytest
 
@@ -52,10 +52,20 @@ def test_provenance_names_versions_and_commit():
         assert len(facts["git_commit"].removesuffix("-dirty")) == 40
 
 
-def test_tee_writes_to_both():
-    console, file = io.StringIO(), io.StringIO()
-    print("step:1/2", file=runs.Tee(console, file), flush=True)
-    assert console.getvalue() == file.getvalue() == "step:1/2\n"
+def test_an_interruption_is_a_wish_and_the_second_one_an_order(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    with runs.Interruption() as interruption:
+        assert not interruption.came
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.signal is signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)  # another kind of the same wish
+        assert interruption.signal is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_rewinding_cuts_rows_and_sets_later_checkpoints_aside(tmp_path):
