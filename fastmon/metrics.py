@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-GROUPS = ("Time", "Loss", "Optimization", "Model", "Hardware", "Activations", "Gradients", "Representation", "minmin")
+GROUPS = (
+    "Time",
+    "Loss",
+    "Optimization",
+    "Model",
+    "Hardware",
+    "Activations",
+    "Gradients",
+    "Representation",
+    "minmin",
+)
 PRESETS = ("off", "cheap", "usual", "full")  # each observes all that the one before it does
 REDUCTIONS = ("rank 0", "mean", "replicated")
 _NAME = re.compile(r"(\w+)/(?:[a-z_][a-z0-9_]*(?:<\w+>)?(?:/<\w+>)?|<\w+>_[a-z0-9_]+)")
@@ -61,7 +71,9 @@ class Metric:
     def __post_init__(self) -> None:
         group = self.name.partition("/")[0]
         if not _NAME.fullmatch(self.name) or group not in GROUPS:
-            raise ValueError(f"a metric is named Group/quantity[/<part>] with a group of {GROUPS}, got {self.name!r}")
+            raise ValueError(
+                f"a metric is named Group/quantity[/<part>] with a group of {GROUPS}, got {self.name!r}"
+            )
         if not (self.unit and self.meaning and self.source):
             raise ValueError(f"{self.name}: unit, meaning and source must be said")
         if self.preset not in (*PRESETS[1:], None):
@@ -75,7 +87,9 @@ class Metric:
         return self.name.endswith("<param>")
 
 
-def _table(*rows: tuple[str, str, str, str, str | None] | tuple[str, str, str, str, str | None, str]) -> dict[str, Metric]:
+def _table(
+    *rows: tuple[str, str, str, str, str | None] | tuple[str, str, str, str, str | None, str],
+) -> dict[str, Metric]:
     table = {row[0]: Metric(*row) for row in rows}
     assert len(table) == len(rows), "a metric is listed twice"
     return table

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastmon.backend import OPS
+from fastmon.ops import OPS
 
 _QKV = re.compile(r"qkv|c_attn|in_proj")
 _EMBEDDING = re.compile(r"(^|[._])(emb|embed\w*|wte|wpe|tok_emb|pos_emb\w*|position_embeddings?)([._]|$)")
@@ -85,11 +85,18 @@ class Plan:
         self.names: tuple[str, ...] = tuple(_plain(n) for n, _ in named)
         devices = {p.device for p in self.parameters}
         if len(devices) > 1:
-            raise ValueError(f"the parameters are on {len(devices)} devices ({sorted(map(str, devices))}): one is wanted")
+            raise ValueError(
+                f"the parameters are on {len(devices)} devices ({sorted(map(str, devices))}): one is wanted"
+            )
         if any(hasattr(p, "device_mesh") for p in self.parameters):
-            raise ValueError("the parameters are sharded (DTensor): this version reads replicated parameters only")
+            raise ValueError(
+                "the parameters are sharded (DTensor): this version reads replicated parameters only"
+            )
         self.device = devices.pop() if devices else torch.device("cpu")
-        self._cuts = [(len(s), dim) for s, dim in (_cut(n, p.shape) for n, p in zip(self.names, self.parameters, strict=True))]
+        self._cuts = [
+            (len(s), dim)
+            for s, dim in (_cut(n, p.shape) for n, p in zip(self.names, self.parameters, strict=True))
+        ]
         self._whole = not any(count for count, _ in self._cuts)
         pieces = []
         for index, (name, p) in enumerate(zip(self.names, self.parameters, strict=True)):
@@ -98,7 +105,9 @@ class Plan:
                 pieces.append(Piece(part, index, kind, tuple(view.shape), p.dtype, bool(wanted.search(part))))
         self.pieces: tuple[Piece, ...] = tuple(pieces)
         if params is not None and not any(piece.logged for piece in pieces):
-            raise ValueError(f"params={params!r} matches none of the {len(pieces)} parameters, such as {_some(pieces)}")
+            raise ValueError(
+                f"params={params!r} matches none of the {len(pieces)} parameters, such as {_some(pieces)}"
+            )
         self.groups: dict[tuple[str, tuple[int, ...], torch.dtype], list[int]] = {}
         for slot, piece in enumerate(pieces):
             self.groups.setdefault((piece.role, piece.shape, piece.dtype), []).append(slot)

@@ -91,7 +91,9 @@ class Console:
             filled = 30 * min(row.step, self.total_steps) // self.total_steps
             eta = _clock(row.values["Time/eta_s"]) if "Time/eta_s" in row.values else ""
             bar = "#" * filled + "." * (30 - filled)
-            print(f"\r[{bar}] {row.step}/{self.total_steps} {eta}", end="\n" if last else "", file=self._stream)
+            print(
+                f"\r[{bar}] {row.step}/{self.total_steps} {eta}", end="\n" if last else "", file=self._stream
+            )
         self._stream.flush()
 
     def line(self, row: Row) -> str:
@@ -131,7 +133,9 @@ class Jsonl:
     Raises OSError where the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, *, header: Mapping[str, Any] | None = None, append: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, header: Mapping[str, Any] | None = None, append: bool = False
+    ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not append:
@@ -183,7 +187,10 @@ class Jsonl:
         if self._params_bytes > allowed and self._stride == 1 and self._params_rows:
             per_row = self._params_bytes / self._params_rows
             self._stride = max(2, math.ceil(per_row * PARAMS_STEPS / PARAMS_BYTES))
-            log.warning("params.jsonl has passed 50 MB per 10,000 steps: from now on every %dth row is kept", self._stride)
+            log.warning(
+                "params.jsonl has passed 50 MB per 10,000 steps: from now on every %dth row is kept",
+                self._stride,
+            )
         return step % self._stride == 0
 
 
