@@ -1,0 +1,254 @@
+// Gram mat-vec of one task and the vector arithmetic around it, for one instruction set.
+
+// Rows per step. Each step takes the dot products of the next kRows rows with v while it adds the previous kRows rows,
+// still in L1 or L2, to z: memory is read at an even pace and every row once.
+constexpr int kRows = FASTMON_LEVEL == 5 ? 8 : 4;
+
+template <class T, bool kScaled>
+FASTMON_FN Two load_row(const T* p, int64_t left, float scale) {
+  Two w = left >= U ? load2(p) : load2_tail(p, left);
+  if (kScaled) w.a *= scale, w.b *= scale;
+  return w;
+}
+
+// One step of R rows for one vector; kDot rows at `next`, kAdd rows at `last` with weights c; the rows at `ahead` are
+// fetched into the cache.
+template <class T, int R, bool kScaled, bool kDot, bool kAdd>
+FASTMON_FN void step(const T* next, const T* last, const T* ahead, int64_t stride, int64_t n, float scale, const float* v,
+                     const float* c, float* z, float* y, double* fro2) {
+  vf acc[R], f0 = {}, f1 = {}, w[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    acc[r] = vf{};
+    if (kAdd) w[r] = splat(c[r]);
+  }
+  auto columns = [&](int64_t j, int64_t left) __attribute__((always_inline)) {
+    vf z0, z1, v0, v1;
+    if (kAdd) z0 = load(z + j), z1 = load(z + j + VW);
+    if (kDot) v0 = load(v + j), v1 = load(v + j + VW);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      if (kDot) {
+        __builtin_prefetch(ahead + r * stride + j);
+        if (sizeof(T) * U > 64) __builtin_prefetch(ahead + r * stride + j + VW);
+        const Two x = load_row<T, kScaled>(next + r * stride + j, left, scale);
+        acc[r] += x.a * v0;
+        f0 += x.a * x.a;
+        acc[r] += x.b * v1;
+        f1 += x.b * x.b;
+      }
+      if (kAdd) {
+        const Two x = load_row<T, kScaled>(last + r * stride + j, left, scale);
+        z0 += x.a * w[r];
+        z1 += x.b * w[r];
+      }
+    }
+    if (kAdd) store(z + j, z0), store(z + j + VW, z1);
+  };
+  const int64_t full = n / U * U;
+  for (int64_t j = 0; j < full; j += U) columns(j, U);
+  if (full < n) columns(full, n - full);
+  if (kDot) {
+    for (int r = 0; r < R; ++r) y[r] = sum(acc[r]);
+    *fro2 += total(f0) + total(f1);
+  }
+}
+
+template <class T, bool kScaled>
+FASTMON_FN void sweep_one(const T* w, int64_t rows, int64_t stride, int64_t n, Scale s, const float* v, float* z,
+                          double* yy, double* fro2) {
+  float y[kRows], c[kRows];
+  double fro = 0, norm = 0;
+  auto weigh = [&](int count) __attribute__((always_inline)) {
+    for (int r = 0; r < count; ++r) {
+      norm += double(y[r]) * double(y[r]);
+      c[r] = float(double(y[r]) * s.weight);
+    }
+  };
+  const int64_t steps = rows / kRows, hop = kRows * stride;
+  for (int64_t b = 0; b < steps; ++b) {
+    const T* next = w + b * hop;
+    const T* ahead = b + 1 < steps ? next + hop : next;
+    if (b == 0) step<T, kRows, kScaled, true, false>(next, next, ahead, stride, n, s.load, v, c, z, y, &fro);
+    else step<T, kRows, kScaled, true, true>(next, next - hop, ahead, stride, n, s.load, v, c, z, y, &fro);
+    weigh(kRows);
+  }
+  if (steps > 0) {
+    const T* last = w + (steps - 1) * hop;
+    step<T, kRows, kScaled, false, true>(last, last, last, stride, n, s.load, v, c, z, y, &fro);
+  }
+  for (int64_t r = steps * kRows; r < rows; ++r) {
+    const T* row = w + r * stride;
+    step<T, 1, kScaled, true, false>(row, row, row, stride, n, s.load, v, c, z, y, &fro);
+    weigh(1);
+    step<T, 1, kScaled, false, true>(row, row, row, stride, n, s.load, v, c, z, y, &fro);
+  }
+  *yy = norm * s.square;
+  *fro2 = fro * s.square;
+}
+
+// R rows against K <= 4 vectors, y[r * block + k]; then the same rows onto K rows of z. Rows of v and z are `wide` apart.
+template <class T, int R, int K, bool kScaled>
+static __attribute__((noinline)) void dots(const T* w, int64_t stride, int64_t n, int64_t wide, float scale, const float* v, int64_t block,
+                     float* y, double* fro2) {
+  vf acc[R][K] = {}, f0 = {}, f1 = {};
+  for (int64_t j = 0; j < n; j += U) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Two x = load_row<T, kScaled>(w + r * stride + j, n - j, scale);
+      if (fro2) f0 += x.a * x.a, f1 += x.b * x.b;
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) acc[r][k] += x.a * load(v + k * wide + j) + x.b * load(v + k * wide + j + VW);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < K; ++k) y[r * block + k] = sum(acc[r][k]);
+  if (fro2) *fro2 += total(f0) + total(f1);
+}
+
+template <class T, int R, int K, bool kScaled>
+static __attribute__((noinline)) void adds(const T* w, int64_t stride, int64_t n, int64_t wide, float scale, const float* c, int64_t block,
+                     float* z) {
+  for (int64_t j = 0; j < n; j += U) {
+    Two x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) x[r] = load_row<T, kScaled>(w + r * stride + j, n - j, scale);
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      vf z0 = load(z + k * wide + j), z1 = load(z + k * wide + j + VW);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) z0 += x[r].a * c[r * block + k], z1 += x[r].b * c[r * block + k];
+      store(z + k * wide + j, z0), store(z + k * wide + j + VW, z1);
+    }
+  }
+}
+
+template <class T, int R, bool kScaled>
+static void rows_many(const T* w, int64_t stride, int64_t n, int64_t wide, Scale s, const float* v, int64_t block,
+                          float* z, double* yy, double* fro2) {
+  float y[R * kMaxBlock], c[R * kMaxBlock];
+  for (int64_t k = 0; k < block; k += 4) {
+    double* fro = k == 0 ? fro2 : nullptr;
+    const float* vk = v + k * wide;
+    switch (block - k) {
+      case 1: dots<T, R, 1, kScaled>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
+      case 2: dots<T, R, 2, kScaled>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
+      case 3: dots<T, R, 3, kScaled>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
+      default: dots<T, R, 4, kScaled>(w, stride, n, wide, s.load, vk, block, y + k, fro);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int64_t k = 0; k < block; ++k) {
+      c[r * block + k] = float(double(y[r * block + k]) * s.weight);
+      for (int64_t l = 0; l < block; ++l) yy[k * block + l] += double(y[r * block + k]) * double(y[r * block + l]);
+    }
+  }
+  for (int64_t k = 0; k < block; k += 4) {
+    float* zk = z + k * wide;
+    switch (block - k) {
+      case 1: adds<T, R, 1, kScaled>(w, stride, n, wide, s.load, c + k, block, zk); break;
+      case 2: adds<T, R, 2, kScaled>(w, stride, n, wide, s.load, c + k, block, zk); break;
+      case 3: adds<T, R, 3, kScaled>(w, stride, n, wide, s.load, c + k, block, zk); break;
+      default: adds<T, R, 4, kScaled>(w, stride, n, wide, s.load, c + k, block, zk);
+    }
+  }
+}
+
+template <class T, bool kScaled>
+static void sweep_many(const T* w, int64_t rows, int64_t stride, int64_t n, int64_t wide, Scale s, const float* v,
+                           int64_t block, float* z, double* yy, double* fro2) {
+  double fro = 0;
+  for (int64_t k = 0; k < block * block; ++k) yy[k] = 0;
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) rows_many<T, 4, kScaled>(w + r * stride, stride, n, wide, s, v, block, z, yy, &fro);
+  for (; r < rows; ++r) rows_many<T, 1, kScaled>(w + r * stride, stride, n, wide, s, v, block, z, yy, &fro);
+  for (int64_t k = 0; k < block * block; ++k) yy[k] *= s.square;
+  *fro2 = fro * s.square;
+}
+
+template <class T>
+static void sweep_of(const Matrix& m, int64_t row, int64_t rows, Scale s, const float* v, int64_t block, int64_t wide,
+                     float* z, double* yy, double* fro2) {
+  const T* w = static_cast<const T*>(m.data) + row * m.stride;
+  __builtin_memset(z, 0, size_t(block * wide) * sizeof(float));
+  if (block == 1 && s.load == 1) sweep_one<T, false>(w, rows, m.stride, m.n, s, v, z, yy, fro2);
+  else if (block == 1) sweep_one<T, true>(w, rows, m.stride, m.n, s, v, z, yy, fro2);
+  else if (s.load == 1) sweep_many<T, false>(w, rows, m.stride, m.n, wide, s, v, block, z, yy, fro2);
+  else sweep_many<T, true>(w, rows, m.stride, m.n, wide, s, v, block, z, yy, fro2);
+}
+
+static void sweep(const Matrix& m, int64_t row, int64_t rows, Scale s, const float* v, int64_t block, int64_t wide,
+                  float* z, double* yy, double* fro2) {
+  switch (m.dtype) {
+    case Dtype::f32: return sweep_of<float>(m, row, rows, s, v, block, wide, z, yy, fro2);
+    case Dtype::bf16: return sweep_of<bf16>(m, row, rows, s, v, block, wide, z, yy, fro2);
+    case Dtype::f16: return sweep_of<fp16>(m, row, rows, s, v, block, wide, z, yy, fro2);
+  }
+}
+
+// Largest |w| of a matrix; infinity when an element is not finite.
+template <class T>
+static float absmax_of(const Matrix& m) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < m.m; ++i) {
+    const T* row = static_cast<const T*>(m.data) + i * m.stride;
+    for (int64_t j = 0; j < m.n; ++j) {
+      const uint32_t bits = float_to_bits(to_float(row[j])) & 0x7fffffffu;
+      most = bits > most ? bits : most;
+    }
+  }
+  return bits_to_float(most < 0x7f800000u ? most : 0x7f800000u);
+}
+static float absmax(const Matrix& m) {
+  switch (m.dtype) {
+    case Dtype::f32: return absmax_of<float>(m);
+    case Dtype::bf16: return absmax_of<bf16>(m);
+    case Dtype::f16: return absmax_of<fp16>(m);
+  }
+  return 0;
+}
+
+// Vectors in working order (see load2), `wide` floats with zeros at the end.
+static void arrange(Dtype t, const float* x, int64_t n, int64_t wide, float* out) {
+  __builtin_memset(out, 0, size_t(wide) * sizeof(float));
+  for (int64_t i = 0; i < n; ++i) out[place(t, i)] = x[i];
+}
+static void restore(Dtype t, const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[place(t, i)];
+}
+
+// The sum of `parts` vectors that follow each other, written over the first.
+static void gather(float* z, int64_t parts, int64_t size) {
+  if (parts == 1) return;
+  for (int64_t j = 0; j < size; j += 8) {
+    vd s = widen(z + j);
+    for (int64_t p = 1; p < parts; ++p) s += widen(z + p * size + j);
+    *reinterpret_cast<vf8*>(z + j) = __builtin_convertvector(s, vf8);
+  }
+}
+static double dot(const float* x, const float* y, int64_t wide) {
+  vd a = {}, b = {};
+  for (int64_t j = 0; j < wide; j += 16) {
+    a += widen(x + j) * widen(y + j);
+    b += widen(x + j + 8) * widen(y + j + 8);
+  }
+  return total(a + b);
+}
+// |a x - b y|^2
+static double gap2(double a, const float* x, double b, const float* y, int64_t wide) {
+  vd s = {}, t = {};
+  for (int64_t j = 0; j < wide; j += 16) {
+    const vd d = a * widen(x + j) - b * widen(y + j), e = a * widen(x + j + 8) - b * widen(y + j + 8);
+    s += d * d, t += e * e;
+  }
+  return total(s + t);
+}
+// y <- a x + b y; with b = 0 what y held does not matter
+static void blend(double a, const float* x, double b, float* y, int64_t wide) {
+  for (int64_t j = 0; j < wide; j += 8) {
+    const vd old = b == 0 ? vd{} : b * widen(y + j);
+    *reinterpret_cast<vf8*>(y + j) = __builtin_convertvector(a * widen(x + j) + old, vf8);
+  }
+}
+
+static const SpectralTable table = {sweep, absmax, arrange, restore, gather, dot, gap2, blend};
