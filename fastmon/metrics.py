@@ -87,68 +87,85 @@ class Metric:
         return self.name.endswith("<param>")
 
 
-def _table(
-    *rows: tuple[str, str, str, str, str | None] | tuple[str, str, str, str, str | None, str],
-) -> dict[str, Metric]:
-    table = {row[0]: Metric(*row) for row in rows}
-    assert len(table) == len(rows), "a metric is listed twice"
-    return table
+def _rows(preset: str, reduction: str, *rows: tuple[str, str, str, str]) -> dict[str, Metric]:
+    """Rows of one preset and one reduction: (name, unit, meaning, source)."""
+    return {row[0]: Metric(*row, preset, reduction) for row in rows}
 
 
 _GIVEN = "given to Monitor.step"
-METRICS: dict[str, Metric] = _table(
-    ("Time/step_ms", "ms", "wall time of this step, without pauses and compilation", "host clock between steps", "cheap"),
-    ("Time/step_avg_ms", "ms", "training time per step so far", "training_time_ms / steps", "cheap"),
-    ("Time/training_time_ms", "ms", "sum of the step times: no evaluation, checkpoints, compilation", "host clock", "cheap"),
-    ("Time/total_time_s", "s", "wall time since the monitor was built, everything included", "host clock", "cheap"),
-    ("Time/tokens_per_s", "1/s", "tokens per second of this step", "tokens_per_step / step_ms", "cheap"),
-    ("Time/iterations_per_s", "1/s", "optimizer steps per second, of this step", "1000 / step_ms", "cheap"),
-    ("Time/eta_s", "s", "training time left", "(total_steps - step) step_avg_ms / 1000", "cheap"),
-    ("Time/eval_ms", "ms", "evaluation since the last row", 'Monitor.pause("eval")', "cheap"),
-    ("Time/checkpoint_ms", "ms", "saving since the last row", 'Monitor.pause("checkpoint")', "cheap"),
-    ("Time/compile_ms", "ms", "torch.compile at work since the last row", "dynamo's own clock", "cheap"),
-    ("Time/monitor_ms", "ms", "host time that the monitor took for this row", "host clock around its calls", "cheap"),
-    ("Time/data_ms", "ms", "waiting for the batch", _GIVEN, "cheap"),
-    ("Time/host_ms", "ms", "host time of the step without waiting for data", _GIVEN, "cheap"),
-    ("Loss/train_loss", "nats", "training loss of this step", _GIVEN, "cheap", "mean"),
-    ("Loss/val_loss", "nats", "validation loss", _GIVEN, "cheap"),
-    ("Loss/loss_<task>", "nats", "loss of one task, on its steps", _GIVEN, "cheap"),
-    ("Optimization/lr", "1", "learning rate of the first parameter group", "param_groups", "cheap", "replicated"),
-    ("Optimization/lr/<group>", "1", "learning rate of each group, where there are several", "param_groups", "cheap", "replicated"),
-    ("Optimization/momentum", "1", "momentum (or Adam's beta1) of the first group", "param_groups", "cheap", "replicated"),
-    ("Optimization/grad_norm", "1", "global L2 norm of the reduced gradient, before clipping", "sqrt(sum |g|^2)", "cheap", "replicated"),
-    ("Optimization/grad_norm_clipped", "1", "global L2 norm of the gradient that the optimizer receives", "grad_norm min(1, c)", "cheap", "replicated"),
-    ("Optimization/update_norm", "1", "L2 norm of the step's change of the parameters", "sqrt(sum |w' - w|^2)", "usual", "replicated"),
-    ("Optimization/update_ratio", "1", "largest update ratio of any parameter", "max update_ratio/<param>", "usual", "replicated"),
-    ("Optimization/update_ratio/<param>", "1", "rms change / rms weight after the step", "|w' - w| / |w'|", "usual", "replicated"),
-    ("Optimization/update_spectral_norm/<param>", "1", "largest singular value of Muon's step before scaling", "Muon.observations", "usual", "replicated"),
-    ("Optimization/update_stable_rank/<param>", "1", "|M|_F^2 / sigma^2 of what Muon orthogonalises", "Muon.observations", "usual", "replicated"),
-    ("Optimization/step_skipped", "0/1", "1 where the scaler skipped the step (overflow), 0 where it did not", "GradScaler", "cheap", "replicated"),
-    ("Optimization/loss_scale", "1", "scale of the loss", "GradScaler", "cheap", "replicated"),
-    ("Gradients/norm/<param>", "1", "L2 norm, before clipping where the monitor clips", "|g|", "usual", "replicated"),
-    ("Gradients/nonfinite", "count", "NaN and Inf elements of the gradient", "count", "cheap", "replicated"),
-    ("Model/param_norm", "1", "global L2 norm of the trained parameters, after the step", "sqrt(sum |w|^2)", "cheap", "replicated"),
-    ("Model/spectral_norm/<param>", "1", "largest singular value of a hidden matrix", "warm power iteration", "usual", "replicated"),
-    ("Model/spectral_residual/<param>", "1", "some singular value lies within residual/sqrt(2) of spectral_norm", "Weyl's bound", "usual", "replicated"),
-    ("Model/stable_rank/<param>", "1", "|W|_F^2 / sigma^2 of a hidden matrix", "spectral_norm and |W|_F, one read", "usual", "replicated"),
-    ("Model/spectral_norm_max", "1", "largest spectral norm over the hidden matrices", "max", "usual", "replicated"),
-    ("Model/spectral_norm_mean", "1", "mean spectral norm over the hidden matrices", "mean", "usual", "replicated"),
-    ("Model/spectral_norm_std", "1", "standard deviation of the spectral norms (population)", "std", "usual", "replicated"),
-    ("Activations/<module>_mean", "1", "mean of the module's output in this step's training batches", "sum x / n", "usual"),
-    ("Activations/<module>_std", "1", "standard deviation of the output (population)", "sqrt(m2 / n)", "usual"),
-    ("Activations/<module>_min", "1", "smallest output", "min", "usual"),
-    ("Activations/<module>_max", "1", "largest output", "max", "usual"),
-    ("Activations/<module>_l2_norm", "1", "L2 norm of the output over the step's batches", "sqrt(sum x^2)", "usual"),
-    ("Activations/<module>_zero_frac", "fraction", "share of outputs that are exactly 0", "zeros / n", "usual"),
-    ("Activations/<module>_kurtosis", "1", "fourth standardised moment: 3 for a Gaussian", "(m4 / n) / (m2 / n)^2", "full"),
-    ("Hardware/peak_memory_mb", "MiB", "peak of allocated device memory", "torch.cuda.memory_stats", "cheap"),
-    ("Hardware/reserved_memory_mb", "MiB", "device memory held by the allocator", "torch.cuda.memory_stats", "cheap"),
-    ("Hardware/allocated_memory_mb", "MiB", "device memory in tensors", "torch.cuda.memory_stats", "cheap"),
-    ("Hardware/host_rss_mb", "MiB", "resident memory of the process", "/proc/self/statm", "cheap"),
-    ("Hardware/monitor_memory_mb", "MiB", "memory held by the monitor's own buffers", "sum of their bytes", "cheap"),
-    ("Hardware/mfu", "fraction", "model FLOP/s over the peak of all devices; absent for an unknown device", "arXiv 2204.02311, app. B", "cheap"),
-    ("Hardware/tflops_per_s", "TFLOP/s", "model FLOP/s", "flops_per_token tokens_per_s / 1e12", "cheap"),
-)  # fmt: skip
+# fmt: off
+METRICS: dict[str, Metric] = {
+    **_rows("cheap", "rank 0",
+        ("Time/step_ms", "ms", "wall time of this step, without pauses and compilation", "host clock between steps"),
+        ("Time/step_avg_ms", "ms", "training time per step so far", "training_time_ms / steps"),
+        ("Time/training_time_ms", "ms", "sum of the step times: no evaluation, checkpoints, compilation", "host clock"),
+        ("Time/total_time_s", "s", "wall time since the monitor was built, everything included", "host clock"),
+        ("Time/tokens_per_s", "1/s", "tokens per second of this step", "tokens_per_step / step_ms"),
+        ("Time/iterations_per_s", "1/s", "optimizer steps per second, of this step", "1000 / step_ms"),
+        ("Time/eta_s", "s", "training time left", "(total_steps - step) step_avg_ms / 1000"),
+        ("Time/eval_ms", "ms", "evaluation since the last row", 'Monitor.pause("eval")'),
+        ("Time/checkpoint_ms", "ms", "saving since the last row", 'Monitor.pause("checkpoint")'),
+        ("Time/compile_ms", "ms", "torch.compile at work since the last row", "dynamo's own clock"),
+        ("Time/monitor_ms", "ms", "host time that the monitor took for this row", "host clock around its calls"),
+        ("Time/data_ms", "ms", "waiting for the batch", _GIVEN),
+        ("Time/host_ms", "ms", "host time of the step without waiting for data", _GIVEN),),
+    **_rows("cheap", "mean",
+        ("Loss/train_loss", "nats", "training loss of this step", _GIVEN),),
+    **_rows("cheap", "rank 0",
+        ("Loss/val_loss", "nats", "validation loss", _GIVEN),
+        ("Loss/loss_<task>", "nats", "loss of one task, on its steps", _GIVEN),),
+    **_rows("cheap", "replicated",
+        ("Optimization/lr", "1", "learning rate of the first parameter group", "param_groups"),
+        ("Optimization/lr/<group>", "1", "learning rate of each group, where there are several", "param_groups"),
+        ("Optimization/momentum", "1", "momentum (or Adam's beta1) of the first group", "param_groups"),
+        ("Optimization/grad_norm", "1", "global L2 norm of the reduced gradient, before clipping", "sqrt(sum |g|^2)"),
+        ("Optimization/grad_norm_clipped", "1",
+         "global L2 norm of the gradient that the optimizer receives", "grad_norm min(1, c)"),
+        ("Optimization/step_skipped", "0/1",
+         "1 where the scaler skipped the step (overflow), 0 where it did not", "GradScaler"),
+        ("Optimization/loss_scale", "1", "scale of the loss", "GradScaler"),),
+    **_rows("usual", "replicated",
+        ("Optimization/update_norm", "1", "L2 norm of the step's change of the parameters", "sqrt(sum |w' - w|^2)"),
+        ("Optimization/update_ratio", "1", "largest update ratio of any parameter", "max update_ratio/<param>"),
+        ("Optimization/update_ratio/<param>", "1", "rms change / rms weight after the step", "|w' - w| / |w'|"),
+        ("Optimization/update_spectral_norm/<param>", "1",
+         "largest singular value of Muon's step before scaling", "Muon.observations"),
+        ("Optimization/update_stable_rank/<param>", "1",
+         "|M|_F^2 / sigma^2 of what Muon orthogonalises", "Muon.observations"),),
+    **_rows("usual", "replicated",
+        ("Gradients/norm/<param>", "1", "L2 norm, before clipping where the monitor clips", "|g|"),),
+    **_rows("cheap", "replicated",
+        ("Gradients/nonfinite", "count", "NaN and Inf elements of the gradient", "count"),),
+    **_rows("cheap", "replicated",
+        ("Model/param_norm", "1", "global L2 norm of the trained parameters, after the step", "sqrt(sum |w|^2)"),),
+    **_rows("usual", "replicated",
+        ("Model/spectral_norm/<param>", "1", "largest singular value of a hidden matrix", "warm power iteration"),
+        ("Model/spectral_residual/<param>", "1",
+         "some singular value lies within residual/sqrt(2) of spectral_norm", "Weyl's bound"),
+        ("Model/stable_rank/<param>", "1", "|W|_F^2 / sigma^2 of a hidden matrix", "spectral_norm and |W|_F, one read"),
+        ("Model/spectral_norm_max", "1", "largest spectral norm over the hidden matrices", "max"),
+        ("Model/spectral_norm_mean", "1", "mean spectral norm over the hidden matrices", "mean"),
+        ("Model/spectral_norm_std", "1", "standard deviation of the spectral norms (population)", "std"),),
+    **_rows("usual", "rank 0",
+        ("Activations/<module>_mean", "1", "mean of the module's output in this step's training batches", "sum x / n"),
+        ("Activations/<module>_std", "1", "standard deviation of the output (population)", "sqrt(m2 / n)"),
+        ("Activations/<module>_min", "1", "smallest output", "min"),
+        ("Activations/<module>_max", "1", "largest output", "max"),
+        ("Activations/<module>_l2_norm", "1", "L2 norm of the output over the step's batches", "sqrt(sum x^2)"),
+        ("Activations/<module>_zero_frac", "fraction", "share of outputs that are exactly 0", "zeros / n"),),
+    **_rows("full", "rank 0",
+        ("Activations/<module>_kurtosis", "1", "fourth standardised moment: 3 for a Gaussian", "(m4 / n) / (m2 / n)^2"),),
+    **_rows("cheap", "rank 0",
+        ("Hardware/peak_memory_mb", "MiB", "peak of allocated device memory", "torch.cuda.memory_stats"),
+        ("Hardware/reserved_memory_mb", "MiB", "device memory held by the allocator", "torch.cuda.memory_stats"),
+        ("Hardware/allocated_memory_mb", "MiB", "device memory in tensors", "torch.cuda.memory_stats"),
+        ("Hardware/host_rss_mb", "MiB", "resident memory of the process", "/proc/self/statm"),
+        ("Hardware/monitor_memory_mb", "MiB", "memory held by the monitor's own buffers", "sum of their bytes"),
+        ("Hardware/mfu", "fraction",
+         "model FLOP/s over the peak of all devices; absent for an unknown device", "arXiv 2204.02311, app. B"),
+        ("Hardware/tflops_per_s", "TFLOP/s", "model FLOP/s", "flops_per_token tokens_per_s / 1e12"),),
+}
+# fmt: on
 
 
 _TEMPLATES: list[tuple[re.Pattern[str], str]] = []
@@ -193,8 +210,9 @@ def plan_schedules(
     preset: str,
     every: Mapping[str, int | Schedule] | None = None,  # name or glob -> interval in steps, or a Schedule
 ) -> dict[str, Schedule]:
-    """The metrics that may fire under a preset, with their schedules; `every` changes, adds (N > 0) and removes (0, -1).
+    """The metrics that may fire under a preset, with their schedules.
 
+    `every` changes a schedule, adds a metric that the preset lacks (N > 0), or takes one out (0, -1).
     A key is a row's name or a glob over row names ("Model/*", "Activations/<module>_kurtosis"); later keys win.
     ValueError for an unknown preset, and with the nearest name for a key that matches nothing.
     """
@@ -235,20 +253,44 @@ class Calendar:
 class Observer(Protocol):
     """What the monitor asks of everything that observes; it iterates a table of these and knows none by name.
 
-    The order of calls in a step: `begin` (before the forward pass, with what will be due), `micro_step`, `before_update`
-    and `after_update` (around every optimizer's step), `enqueue` (returns fp32 device tensors for the tape; nothing may
-    wait for the device), later `decode` with the same numbers on the host.
+    The order of calls in a step: `begin` (before the forward pass, with what will be due), `micro_step`,
+    `before_update` and `after_update` (around every optimizer's step), `enqueue` (returns fp32 device tensors for the
+    tape; nothing may wait for the device), later `decode` with the same numbers on the host.
     """
 
     FILLS: ClassVar[tuple[str, ...]]  # names of METRICS that it computes
 
-    def begin(self, due: frozenset[str]) -> None: ...
-    def micro_step(self) -> None: ...
-    def before_update(self, index: int) -> None: ...
-    def after_update(self, index: int) -> None: ...
-    def enqueue(self, due: frozenset[str]) -> tuple[Sequence[Tensor], Any]: ...
-    def decode(self, numbers: np.ndarray[Any, Any], note: Any, row: Any) -> None: ...
-    def memory_bytes(self) -> int: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    def begin(self, due: frozenset[str]) -> None:
+        """A step begins in which `due` will be asked for."""
+
+    def micro_step(self) -> None:
+        """One micro-batch's backward pass is done, more follow."""
+
+    def before_update(self, index: int) -> None:
+        """Optimizer `index` is about to step."""
+
+    def after_update(self, index: int) -> None:
+        """Optimizer `index` has stepped."""
+
+    def pause(self) -> None:
+        """Evaluation or a checkpoint begins: what follows is not training."""
+
+    def resume(self) -> None:
+        """Training goes on."""
+
+    def enqueue(self, due: frozenset[str]) -> tuple[Sequence[Tensor], Any]:
+        """The step's device numbers (flat fp32), and what the host needs to name them."""
+        ...
+
+    def decode(self, numbers: np.ndarray[Any, Any], note: Any, row: Any) -> None:
+        """Name the numbers in `row`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def close(self) -> None:
+        """Let go of hooks."""

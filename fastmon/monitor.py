@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -156,10 +156,8 @@ class Monitor:
             row = Row(step, time.time(), self._rank)
             given = {name: self._checked(name, value) for name, value in (values or {}).items()}
             loss = given.pop(LOSS, None)
-            if loss is None:
-                parts = [self._zero, self._zero, self._ones[1:]]
-            else:
-                parts = [self._on_device(loss), self._ones]
+            head_parts = [self._zero, self._zero, self._ones[1:]]
+            parts = head_parts if loss is None else [self._on_device(loss), self._ones]
             head = 1 + self._ones.numel()
             names = []
             for name, value in given.items():
@@ -181,13 +179,14 @@ class Monitor:
             while self._readback.full():
                 self._emit(*self._readback.next_row())
             self._readback.push(parts, (row, names, notes), head=head)
+            self._scene.tape_bytes = self._readback.memory_bytes()
             self._begin(step + 1)
             for numbers, note in self._readback.arrived():
                 self._emit(numbers, note)
 
     @contextlib.contextmanager
     def pause(self, kind: str = "eval") -> Iterator[None]:
-        """Around evaluation ("eval") and saving ("checkpoint"): nothing is recorded, the time is reported on its own."""
+        """Around evaluation ("eval") and saving ("checkpoint"): nothing is recorded, the time has rows of its own."""
         if kind not in PAUSES:
             raise ValueError(f"a pause is one of {', '.join(PAUSES)}, got {kind!r}")
         start = time.perf_counter()

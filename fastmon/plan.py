@@ -50,7 +50,7 @@ def split_param(name: str, p: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def role(name: str, p: Tensor, module: nn.Module | None = None) -> str:
-    """What a parameter is for: "matrix" | "embedding" | "head" | "vector"; by its module where given, else by its name."""
+    """What a parameter is for: "matrix", "embedding", "head" or "vector"; by its module where given, else by name."""
     if p.ndim < 2:
         return "vector"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) or _EMBEDDING.search(name.rpartition(".")[0]):

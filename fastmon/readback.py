@@ -6,8 +6,8 @@ the few numbers that are summed over ranks by the one all-reduce of the row; whe
 of them (1 for each rank where it did not fail).
 
 Four slots form a ring. CUDA: asynchronous copy to pinned memory behind an event; `arrived` hands out the rows whose
-event has completed, usually one step late; only when all four are under way is the oldest waited for. MPS: the same with
-its own events. CPU: the tape is written where it is read.
+event has completed, usually one step late; only when all four are under way is the oldest waited for. MPS: the same
+with its own events. CPU: the tape is written where it is read.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Readback:
         if self.device.type == "cpu":
             return _Slot(tape, tape)
         cuda = self.device.type == "cuda"
-        event = torch.cuda.Event() if cuda else torch.mps.event.Event()
+        event: Any = torch.cuda.Event() if cuda else torch.mps.Event()
         return _Slot(tape, torch.empty(self._capacity, pin_memory=cuda), event)
 
 

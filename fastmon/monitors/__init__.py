@@ -49,7 +49,8 @@ class Scene:
     compute_dtype: torch.dtype | None = None  # of the matrix products; None: the parameters'
     spent_ms: float = 0.0  # the monitor's own host time that no row has reported yet
     paused_ms: dict[str, float] = field(default_factory=dict)  # pauses by kind that no row has reported yet
-    buffers_bytes: int = 0  # memory of all observers' buffers and of the tape
+    buffers_bytes: int = 0  # memory of all observers' buffers
+    tape_bytes: int = 0
     step: int = 1  # the step under way
     read: Any = (
         None  # the gradients before clipping (monitors.gradients.Reading), where the loop asked for it
@@ -70,6 +71,10 @@ class Base:
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
+
+    def hold(self, *buffers: Tensor) -> None:
+        """Count buffers that it keeps into the monitor's memory."""
+        self.scene.buffers_bytes += sum(b.numel() * b.element_size() for b in buffers)
 
     def begin(self, due: frozenset[str]) -> None:
         """A step begins in which `due` will be asked for."""
@@ -95,10 +100,6 @@ class Base:
 
     def decode(self, numbers: Numbers, note: Any, row: Row) -> None:
         """Name the numbers in `row`."""
-
-    def memory_bytes(self) -> int:
-        """Bytes of the buffers it holds."""
-        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -143,7 +143,7 @@ class _Hook:
         if module.training:
             if isinstance(output, dict):
                 output = next(iter(output.values()))
-            if isinstance(output, (tuple, list)):  # noqa: UP038 - dynamo traces the tuple form
+            if isinstance(output, (tuple, list)):
                 output = output[0]
             if isinstance(output, Tensor) and output.is_floating_point():
                 torch.ops.fastmon.tap(
@@ -154,9 +154,9 @@ class _Hook:
 class Activations(Base):
     """Streaming moments of the selected modules' outputs over one step's training batches.
 
-    Selected: names that match the regex `modules`; else, in preset `full`, all modules, and otherwise the entries of the
-    outermost ModuleLists (the blocks), or the model's children where it has none. ValueError where the regex matches
-    nothing, and where torch.compile has already traced the model: such a trace would ignore the taps.
+    Selected: names that match the regex `modules`; else, in preset `full`, all modules, and otherwise the entries of
+    the outermost ModuleLists (the blocks), or the model's children where it has none. ValueError where the regex
+    matches nothing, and where torch.compile has already traced the model: such a trace would ignore the taps.
     """
 
     FILLS: ClassVar[tuple[str, ...]] = tuple(_name(statistic) for statistic in _STATISTICS)
@@ -169,6 +169,7 @@ class Activations(Base):
         order = 4 if _name("kurtosis") in scene.active else 2
         self._recorder = Recorder(scene, len(chosen), order)
         _recorders[self._recorder.number] = self._recorder
+        self.hold(self._recorder.counts, self._recorder.stats, self._recorder.stats)
         self._hooks = [
             module.register_forward_hook(_Hook(self._recorder, tap))
             for tap, module in enumerate(chosen.values())
@@ -221,18 +222,13 @@ class Activations(Base):
                     if there:
                         row.values[key] = float(value)
 
-    def memory_bytes(self) -> int:
-        """The buffers."""
-        recorder = self._recorder
-        return 8 * recorder.counts.numel() + 4 * 2 * recorder.stats.numel()
-
     def _say_silent(self) -> None:
         """Warn once where the model trains and no tap has ever recorded."""
         if not self._heard and self.scene.stepped:
             self._heard = True
             warnings.warn(
-                "the activation taps recorded nothing in a training step: the model is in eval mode, the chosen modules "
-                "do not run, or torch.compile runs a trace that was made before the monitor was built",
+                "the activation taps recorded nothing in a training step: the model is in eval mode, the chosen "
+                "modules do not run, or torch.compile runs a trace that was made before the monitor was built",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -112,15 +112,15 @@ class Gradients(Base):
         if self.scene.read is None and self._received is None and not self.scene.optimizers:
             self._received = self._reader.read()
         parts: list[Tensor] = []
-        readings = []
+        readings: list[tuple[tuple[int, ...] | None, int, bool] | None] = []
         for reading in (self.scene.read, self._received):
-            if reading is not None:
+            if reading is None:
+                readings.append(None)
+            else:
                 parts += [reading.l2, words(reading.nonfinite)]
                 if reading.scale is not None:
                     parts.append(reading.scale.to(torch.float32).reshape(1))
                 readings.append((reading.slots, reading.l2.numel(), reading.scale is not None))
-            else:
-                readings.append(None)
         clipped = self.scene.coefficient is not None
         if self.scene.coefficient is not None:
             parts.append(self.scene.coefficient.reshape(1))
@@ -131,7 +131,7 @@ class Gradients(Base):
         if note is None:
             return
         due, readings, clipped = note
-        at, done = 0, []
+        at, done = 0, list[tuple[tuple[int, ...] | None, Numbers, Numbers] | None]()
         for reading in readings:
             if reading is None:
                 done.append(None)

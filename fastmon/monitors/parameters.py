@@ -68,10 +68,11 @@ class Parameters(Base):
         """Copy the parameters of this optimizer."""
         if not self._due_update or index in self._copied:
             return
-        parameters = [self.scene.plan.parameters[i] for i in self._mine[index]]
+        parameters: list[Tensor] = [self.scene.plan.parameters[i] for i in self._mine[index]]
         with torch.no_grad():
             if index not in self._copies:
                 self._copies[index] = [torch.empty_like(p) for p in parameters]
+                self.hold(*self._copies[index])
             torch._foreach_copy_(self._copies[index], parameters)
         self._copied.append(index)
 
@@ -112,10 +113,6 @@ class Parameters(Base):
             row.params.update(zip([self._ratio_keys[i] for i in paired[there]], floats(ratios), strict=True))
         if LARGEST in due and len(ratios):
             row.values[LARGEST] = float(ratios.max())  # NaN wins
-
-    def memory_bytes(self) -> int:
-        """The copies."""
-        return sum(t.numel() * t.element_size() for copies in self._copies.values() for t in copies)
 
     def _lists_for(self, copied: tuple[int, ...]) -> _Lists:
         if copied not in self._lists:

@@ -59,6 +59,7 @@ class SpectralNorms(Base):
         self._state = ops.spectral_state(matrices)
         self._starts = [ops.spectral_state(matrices, seed=1 + i) for i in range(_STARTS)] if matrices else []
         self._owner = self._owners(matrices).to(scene.device)  # which matrix a word of the state belongs to
+        self.hold(self._state, *self._starts, self._owner)
         self._iterate = scene.plan.prepare("spectral_norm", matrices, self._state, 1)
         self._last_step: int | None = None
         self._restarts = 0
@@ -109,10 +110,6 @@ class SpectralNorms(Base):
             for i in numbers[3 * n :].nonzero()[0]:
                 row.event("spectral_restart", parameter=self._names[i], sigma=float(sigma[i]))
 
-    def memory_bytes(self) -> int:
-        """The warm vectors, the fresh ones and the index."""
-        return 4 * self._state.numel() * (1 + len(self._starts)) + 8 * self._owner.numel()
-
     def state_dict(self) -> dict[str, Any]:
         """The warm vectors."""
         return {"vectors": self._state.clone(), "restarts": self._restarts, "matrices": self._names}
@@ -150,7 +147,8 @@ def compute_weight_spectral_norms(
     """The largest singular value of each chosen weight, as floats: the one documented call that waits for the device.
 
     target_params: a regex (`re.search`) on names, or names, or parameters; None is every floating parameter with at
-    least 2 dimensions. A fused qkv gives `.q`, `.k`, `.v`; a stack (E, m, n) one entry per expert; a filter is (out, rest).
+    least 2 dimensions. A fused qkv gives `.q`, `.k`, `.v`; a stack (E, m, n) one entry per expert; a filter is
+    (out, rest).
     mode: how the value is found.
 
     "lanczos"      20 Lanczos steps: within 1% on Gaussian matrices, 1e-5 on power laws
@@ -207,7 +205,8 @@ def _targets(
 def _exact(w: Tensor) -> Tensor:
     if w.numel() == 0 or not torch.isfinite(w).all():
         return torch.full((), 0.0 if w.numel() == 0 else torch.nan, dtype=torch.float64)
-    return torch.linalg.svdvals(w.cpu().double()).amax()
+    values: Tensor = torch.linalg.svdvals(w.cpu().double())
+    return values.amax()
 
 
 def _by_polar_factor(ws: list[Tensor], method: str, iters: int) -> Tensor:

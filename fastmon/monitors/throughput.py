@@ -113,7 +113,7 @@ class Throughput(Base):
             self._rss = None
 
     def _memory(self) -> dict[str, float]:
-        values = {"Hardware/monitor_memory_mb": self.scene.buffers_bytes / MIB}
+        values = {"Hardware/monitor_memory_mb": (self.scene.buffers_bytes + self.scene.tape_bytes) / MIB}
         if self._rss is not None:
             pages = os.pread(self._rss, 64, 0).split()[1]
             values["Hardware/host_rss_mb"] = int(pages) * _PAGE / MIB
