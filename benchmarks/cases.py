@@ -55,6 +55,7 @@ CASES: tuple[Case, ...] = (
     Case("spectral_norm", "square-4096", F32, devices=GPU),
     *(Case("gram_matvec", "gpt2-124m-hidden", dtype) for dtype in (F32, BF16)),
     Case("spectral_finish", "gpt2-124m-hidden", F32),
+    Case("spectral_state", "gpt2-124m-hidden", F32),
     *(Case("lanczos", name, F32) for name in ("gpt2-block", "nano-hidden")),
     *(Case("newton_schulz", f"square-{n}", BF16) for n in (256, 512, 768, 1024)),
     *(Case("newton_schulz", f"square-{n}", BF16, devices=GPU) for n in (2048, 4096)),
@@ -64,6 +65,7 @@ CASES: tuple[Case, ...] = (
         for name in ("square-768-batch", "wide-4:1-batch", "gpt2-124m-hidden")
     ),
     Case("newton_schulz", "per-head", BF16, devices=GPU),
+    Case("newton_schulz_moments", "nano-hidden", BF16),
     *(Case("newton_schulz", name, F32) for name in ("square-512", "wide-4:1")),
 )
 
@@ -113,11 +115,13 @@ def _finish(ws: list[Tensor], source: _Source) -> tuple[Any, ...]:
 ARGUMENTS: dict[str, Builder] = {
     "moments": lambda xs, _: (xs, 2),
     "pair_moments": lambda xs, source: (xs, source.another()),
+    "spectral_state": lambda ws, _: (ws, 1, 0),
     "spectral_norm": lambda ws, _: (ws, ops.spectral_state(ws), 1),
     "gram_matvec": lambda ws, _: (ws, ops.spectral_state(ws)),
     "spectral_finish": _finish,
     "lanczos": lambda ws, _: (ws, ops.spectral_state(ws), LANCZOS_ITERS),
     "newton_schulz": _newton_schulz,
+    "newton_schulz_moments": _newton_schulz,
 }
 
 

@@ -1,6 +1,6 @@
 """Everything a machine with a GPU can say about this checkout, in one command and under nine minutes.
 
-    python -m benchmarks.gpu_report OUT
+    python -m benchmarks.gpu_report --out OUT
 
 Builds the extension, runs the tests on the GPU, compute-sanitizer on small cases, opcheck, graph capture and
 sync-debug checks, then the benchmarks and the monitor's overhead. Each stage is a process of its own with a
@@ -10,6 +10,7 @@ what it has. No network. Without a GPU: one sentence and exit code 2. Exit code 
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -198,16 +199,17 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check for a GPU, run the plan; 0 clean, 1 a stage failed, 2 no GPU or bad usage."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if len(words) != 1 or words[0].startswith("-"):
-        print("usage: python -m benchmarks.gpu_report OUT", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.md, log.txt and the CSVs")
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print(
             "benchmarks.gpu_report: this machine has no GPU that torch can use, so there is nothing to report"
         )
         return 2
-    out = Path(words[0]).resolve()
+    out = args.out.resolve()
     return 0 if run(out, stages(out), stamp.stamp(torch.device("cuda")), cwd=stamp.ROOT) else 1
 
 

@@ -6,8 +6,9 @@ tested), so all copies do the very same arithmetic, and a difference in time is 
 
 from __future__ import annotations
 
+import fnmatch
 import tempfile
-from collections.abc import Mapping
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+import train
 from fastmon.config import Config, apply_mode_defaults
+from fastmon.distributed import Ranks
 from fastmon.metrics import METRICS
 from fastmon.monitor import Monitor
-from fastmon.optim import Muon
 from fastmon.sinks import Jsonl
-from fastmon.workloads import load
 
 MONITORS: dict[str, tuple[str, ...]] = {  # parts of a preset as globs: every METRICS row is in exactly one
     "loss, lr and time": ("Loss/*", "Optimization/lr*", "Optimization/momentum", "Optimization/loss_scale",
@@ -44,57 +45,56 @@ def monitor_options(variant: str) -> dict[str, Any]:
 
 
 @dataclass
-class Job:
-    """One copy of the training loop; `step()` is one optimizer step, accumulation included, observed or
-    not."""
+class Loop:
+    """One copy of the training run of train.py; `step()` is one optimizer step of its loop, observed or not.
+
+    Models, optimizers, learning rates and micro-batches are train.py's own; validation, checkpoints and the
+    console are left out, because the monitor has no part in them.
+    """
 
     variant: str
-    cfg: Mapping[str, Any]
+    cfg: Config
     device: torch.device
     steps: int = 0
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def __post_init__(self) -> None:
         cfg = self.cfg
-        self.workload = load(cfg["workload"]).build(cfg, self.device, rank=0, world_size=1)
-        groups = self.workload.optimizer_groups()
-        matrices, others = groups["matrix"], groups["other"]
-        fused = {"fused": True} if self.device.type == "cuda" else {}
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=cfg["lr"], weight_decay=cfg["weight_decay"]),
-            torch.optim.AdamW(others, lr=cfg["lr"], weight_decay=0.0, **fused),
-        ]
-        tokens = self.workload.tokens_per_micro_batch * cfg["grad_accum"]
+        self.job = train.set_up(cfg, Ranks(0, 0, 1, self.device), lambda _: None)
         self.monitor = Monitor(
-            self.workload.model,
-            self.optimizers,
+            self.job.bare,
+            self.job.optimizers,
             sinks=[Jsonl(Path(self._folder.name))],
-            samples_per_step=self.workload.samples_per_micro_batch * cfg["grad_accum"],
-            tokens_per_step=tokens,
-            flops_per_token=self.workload.flops_per_token,
+            samples_per_step=cfg.batch_size * cfg.grad_accum,
+            tokens_per_step=self.job.workload.tokens_per_micro_batch * cfg.grad_accum,
+            flops_per_token=self.job.workload.flops_per_token,
+            total_steps=cfg.steps,
             **monitor_options(self.variant),
         )
-        self._batches = self.workload.batches(start=0)
-        self._autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        self._batches = self.job.workload.batches(start=0)
 
     def step(self) -> None:
-        """Forward and backward over the micro-batches, clip, update, observe."""
+        """Forward and backward over the micro-batches, clip, update, observe: the body of train.train."""
         self.steps += 1
-        accum = self.cfg["grad_accum"]
-        total = torch.zeros((), device=self.device)
-        for micro in range(accum):
-            batch = self.workload.to_device(next(self._batches))
-            with self._autocast:
-                loss = self.workload.loss(batch) / accum
-            loss.backward()
-            total += loss.detach()
-            if micro < accum - 1:
+        cfg, job = self.cfg, self.job
+        for optimizer in job.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = train.learning_rate(min(self.steps, cfg.steps), cfg)
+        loss, data_ms = torch.zeros((), device=self.device), 0.0
+        for micro in range(1, cfg.grad_accum + 1):
+            asked = time.perf_counter()
+            batch = next(self._batches)
+            data_ms += 1e3 * (time.perf_counter() - asked)
+            share = job.loss(batch) / cfg.grad_accum
+            share.backward()
+            loss += share.detach()
+            if micro < cfg.grad_accum:
                 self.monitor.micro_step()
-        self.monitor.clip_grad_norm_(self.cfg["grad_clip"])
-        for optimizer in self.optimizers:
+        self.monitor.clip_grad_norm_(cfg.grad_clip)
+        for optimizer in job.optimizers:
             optimizer.step()
-        self.monitor.step(self.steps, {"Loss/train_loss": total})
-        for optimizer in self.optimizers:
+        self.monitor.step(self.steps, {"Loss/train_loss": loss, "Time/data_ms": data_ms})
+        for optimizer in job.optimizers:
             optimizer.zero_grad()
 
     def close(self) -> None:
@@ -103,9 +103,9 @@ class Job:
         self._folder.cleanup()
 
 
-def default_config(mode: str = "nano", **changes: Any) -> dict[str, Any]:
-    """The configuration of `python train.py --mode MODE`, as a plain dict."""
-    return Config(**apply_mode_defaults({"mode": mode, **changes})).to_dict()
+def default_config(mode: str = "nano", **changes: Any) -> Config:
+    """The configuration of `python train.py --mode MODE`, with changes."""
+    return Config(**apply_mode_defaults({"mode": mode, **changes}))
 
 
 def random_shards(folder: Path, *, vocab: int, tokens: int = 2_000_000) -> dict[str, str]:
@@ -121,7 +121,6 @@ def random_shards(folder: Path, *, vocab: int, tokens: int = 2_000_000) -> dict[
 
 def uncovered() -> list[str]:
     """Rows of METRICS that no part of MONITORS, or more than one, takes: empty when the table is right."""
-    import fnmatch
 
     def owners(name: str) -> int:
         return sum(any(fnmatch.fnmatchcase(name, glob) for glob in globs) for globs in MONITORS.values())

@@ -31,7 +31,7 @@ NOISE = "off2"
 
 
 def measure(
-    jobs: dict[str, loop.Job],
+    jobs: dict[str, loop.Loop],
     *,
     seconds: float,
     stretch: int = 4,
@@ -124,7 +124,7 @@ def run(
         data = loop.random_shards(Path(folder), vocab=8192) if random_tokens else {}
         cfg = loop.default_config(mode, **data)
         names = ["off", *(name for name in variants if name != "off")]
-        jobs = {name: loop.Job("off" if name == NOISE else name, cfg, device) for name in names}
+        jobs = {name: loop.Loop("off" if name == NOISE else name, cfg, device) for name in names}
         times = measure(jobs, seconds=seconds, stretch=stretch)
         for job in jobs.values():
             job.close()

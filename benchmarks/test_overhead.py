@@ -26,7 +26,7 @@ def cfg(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def off(cfg):
-    job = loop.Job("off", cfg, DEVICE)
+    job = loop.Loop("off", cfg, DEVICE)
     yield job
     job.close()
 
@@ -40,7 +40,7 @@ def train(job):
 
 @pytest.mark.parametrize("variant", ["off", *loop.PRESETS, *loop.MONITORS])
 def test_overhead(benchmark, cfg, off, variant):
-    job = loop.Job(variant, cfg, DEVICE)
+    job = loop.Loop(variant, cfg, DEVICE)
     base = []
 
     def unmonitored():

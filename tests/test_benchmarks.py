@@ -1,0 +1,460 @@
+"""The benchmark machinery: cases refer to what exists, shapes count right, ratios and tables say what they
+should."""
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import (
+    bars,
+    cases,
+    frozen_ns5_power,
+    gpu_checks,
+    gpu_report,
+    peers,
+    record,
+    roofline,
+    run,
+    shapes,
+    stamp,
+    tables,
+    timing,
+)
+from fastmon import ops
+from fastmon.backend import Traffic
+from fastmon.ops import OPS
+
+CPU = torch.device("cpu")
+SMALL = {"elements": 600_000}
+
+
+# -- shapes and cases ------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_has_48_hidden_matrices_and_124m_parameters():
+    assert len(shapes.SHAPES["gpt2-124m-hidden"]) == 48
+    assert shapes.elements("gpt2-124m-hidden") == 84_934_656 == shapes.elements("flat-85m")
+    assert len(shapes.SHAPES["gpt2-124m"]) == 148
+    assert shapes.elements("gpt2-124m") == 124_439_808
+    assert len(shapes.SHAPES["many-small"]) == 2000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_tensors_share_one_buffer_on_64_byte_lines(dtype):
+    flat, views = shapes.packed("odd", dtype=dtype, seed=3)
+    assert [tuple(view.shape) for view in views] == list(shapes.SHAPES["odd"])
+    assert all((view.data_ptr() - flat.data_ptr()) % 64 == 0 for view in views)
+    assert flat.view(torch.float32).numel() * 4 == flat.numel() * flat.element_size()
+    total = sum(view.double().square().sum() for view in views)
+    torch.testing.assert_close(flat.double().square().sum(), total)  # the padding is zero
+    big = shapes.packed("odd", dtype=dtype, seed=3, scale=2.0)[1][3].double()
+    assert big.std() == pytest.approx(2.0, rel=0.1)
+
+
+def test_packing_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    shapes.packed("tiny", seed=5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_every_op_has_arguments_and_a_case():
+    assert set(cases.ARGUMENTS) == set(OPS)
+    assert {case.op for case in cases.CASES} == set(OPS)
+
+
+def test_cases_name_what_exists():
+    ids = [case.id for case in cases.CASES]
+    assert len(set(ids)) == len(ids)
+    for case in cases.CASES:
+        assert case.shape in shapes.SHAPES
+        assert set(case.devices) <= {"cpu", "cuda"}
+    for peer in peers.PEERS:
+        assert set(peer.ops) <= set(OPS)
+
+
+@pytest.mark.parametrize("name", sorted(cases.ARGUMENTS))
+def test_arguments_fit_the_schema_and_the_traffic_is_counted(name):
+    one = cases.inputs(cases.Case(name, "tiny", torch.float32), CPU)
+    OPS[name](*one.args)
+    work = cases.traffic(OPS[name], one)
+    assert work.bytes > 0
+    assert work.flops >= 0
+
+
+def test_variants_cover_all_rows_and_give_the_ops_result():
+    case = cases.Case("pair_moments", "odd", torch.float32)
+    one = cases.inputs(case, CPU)
+    found, refused = cases.rows(OPS["pair_moments"], case, [one])
+    assert {variant.name for variant in found} | set(refused) == set(cases.row_names(OPS["pair_moments"]))
+    assert "compile" in refused  # the case did not ask for it
+    truth = ops.pair_moments(*one.args).dot
+    for variant in found:
+        torch.testing.assert_close(variant.function(*variant.args[0])[0], truth, rtol=1e-4, atol=1e-6)
+    assert [v.name for v in cases.rows(OPS["pair_moments"], case, [one], only="eager")[0]] == ["eager"]
+
+
+def test_a_state_is_not_shared_between_rows():
+    case = cases.Case("spectral_norm", "tiny", torch.float32)
+    one = cases.inputs(case, CPU)
+    before = one.args[1].clone()
+    found, _ = cases.rows(OPS["spectral_norm"], case, [one])
+    for variant in found:
+        variant.function(*variant.args[0])
+        assert not torch.equal(variant.args[0][1], before)
+    assert torch.equal(one.args[1], before)
+
+
+def test_peers_compute_what_they_stand_for():
+    case = cases.Case("pair_moments", "odd", torch.float32)
+    one = cases.inputs(case, CPU)
+    bound = {variant.name: variant for variant in peers.variants(case, [one])}
+    results = {name: variant.function(*variant.args[0]) for name, variant in bound.items()}
+    truth = ops.pair_moments(*one.args)
+    torch.testing.assert_close(
+        torch.stack(results["F.cosine_similarity"]), truth.cosine, rtol=1e-3, atol=1e-5
+    )
+    torch.testing.assert_close(torch.stack(results["_foreach_norm"][1]), truth.y_l2)
+    torch.testing.assert_close(results["torch.sum"][0], one.flats[0].sum())
+    assert "compiled sums" not in bound
+    big = cases.Case("spectral_norm", "gpt2-124m-hidden", torch.float32)
+    peer = next(peer for peer in peers.PEERS if peer.name == "matrix_norm(ord=2)")
+    assert shapes.elements(big.shape) > peer.most  # 48 full SVDs would take minutes
+
+
+def test_the_frozen_baseline_is_near_and_above_nothing_it_should_not_be():
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(96, 64, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
+    w = 3 * u * torch.arange(1, 65) ** -1.0 @ v.T
+    (sigma,) = frozen_ns5_power.spectral_norms([w])
+    assert 0.7 * 3 < sigma < 1.02 * 3
+    factor = torch.linalg.svdvals(frozen_ns5_power.polar_factor(torch.randn(64, 128, generator=generator)))
+    assert 0.5 < factor.min() < factor.max() < 1.3
+
+
+# -- timing ----------------------------------------------------------------------------------------------------------
+
+
+def test_timing_summary():
+    t = timing.Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 100.0])
+    assert (t.median, t.p20, t.p80, t.n) == (3.5, 2.0, 5.0, 6)
+    assert t.samples == (5.0, 1.0, 2.0, 4.0, 3.0, 100.0)
+
+
+def test_interleave_runs_every_variant_each_round_in_rotated_order():
+    calls = []
+    variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timed = timing.interleave(variants, seconds=0, min_rounds=4)
+    assert {t.n for t in timed.values()} == {4}
+    assert "".join(calls) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc"  # two warm-ups, four rounds
+
+
+def test_slow_variants_run_few_rounds():
+    count = {"slow": 0, "fast": 0}
+
+    def slow():
+        count["slow"] += 1
+        time.sleep(0.02)
+
+    def fast():
+        count["fast"] += 1
+
+    timed = timing.interleave(
+        {"slow": slow, "fast": fast}, seconds=0, min_rounds=10, slow_ms=10, slow_rounds=2
+    )
+    assert (count["slow"], timed["slow"].n, timed["fast"].n) == (3, 2, 10)
+    assert timed["slow"].median >= 20
+    assert timing.ratio(timed["slow"], timed["fast"]).n == 2
+
+
+def test_ratio_is_paired_so_common_noise_cancels():
+    noise = [1.0, 3.0, 10.0, 1.5, 2.0, 40.0, 1.0]
+    found = timing.paired_ratio([1.02 * x for x in noise], noise)
+    assert found.median == pytest.approx(1.02)
+    assert found.low == pytest.approx(1.02)
+    assert found.high == pytest.approx(1.02)
+    spread = timing.paired_ratio([1.0, 2.0, 3.0, 4.0, 5.0] * 4, [1.0] * 20)
+    assert spread.low < spread.median == 3.0 < spread.high
+
+
+def test_rotation_walks_through_the_input_sets():
+    seen = []
+    call = timing.rotate(seen.append, [("a",), ("b",), ("c",)])
+    for _ in range(4):
+        call()
+    assert sorted(seen[:3]) == ["a", "b", "c"]
+    assert seen[3] == seen[0]
+
+
+def test_one_input_set_on_the_cpu():
+    assert timing.input_sets(1000, CPU) == 1
+
+
+def test_roofline_share():
+    ceiling = roofline.Roofline(read=40e9, copy=20e9, flops={torch.float32: 1e12})
+    assert ceiling.share(Traffic(40_000_000, 1), 2.0, torch.float32) == pytest.approx(0.5)
+    assert ceiling.share(Traffic(1000, 10**9), 2.0, torch.float32) == pytest.approx(
+        0.5
+    )  # bound by arithmetic
+
+
+# -- records, bars, runner -------------------------------------------------------------------------------------------
+
+
+def test_numbers_have_no_exponent():
+    assert [record.number(x) for x in (0, 0.0123456, 12.345, 1234567.0)] == ["0", "0.0123", "12.3", "1230000"]
+    assert record.number(math.nan) == "nan"
+
+
+def test_csv_leaves_the_old_file_until_it_is_complete(tmp_path):
+    path = tmp_path / "deep" / "x.csv"
+    path.parent.mkdir()
+    path.write_text("old\n")
+    sink = record.Csv(path, ("a", "b"))
+    sink.add({"a": "1", "b": "x,y"})
+    assert path.read_text() == "old\n"
+    sink.close()
+    assert record.read(path) == [{"a": "1", "b": "x,y"}]
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.csv"]
+    partial = record.Csv(path, ("a",), partial=True)
+    partial.add({"a": "2"})
+    assert record.read(path) == [{"a": "2"}]
+    with pytest.raises(ValueError, match="fields not in"):
+        partial.add({"z": "3"})
+    partial.close()
+
+
+def test_a_bar_is_met_or_not_and_nan_never_meets_one():
+    def bar(value, at_most):
+        return bars.Bar("x", value, 1.0, at_most, "x", "")
+
+    assert bar(0.9, True).met
+    assert not bar(1.1, True).met
+    assert bar(1.1, False).met
+    assert not bar(0.9, False).met
+    assert not bar(math.nan, True).met
+    assert not bar(math.nan, False).met
+    assert set(bar(0.9, True).row()) <= set(bars.COLUMNS)
+
+
+def test_cold_accuracy_sees_a_nan(monkeypatch):
+    real = ops.lanczos_norm
+    calls = []
+
+    def broken(w, *, seed=0):
+        calls.append(seed)
+        result = real(w, iters=2, seed=seed)
+        return result._replace(sigma=result.sigma * math.nan) if len(calls) == 2 else result
+
+    monkeypatch.setattr(bars.ops, "lanczos_norm", broken)
+    w = torch.randn(8, 8, dtype=torch.float64)
+    monkeypatch.setattr(bars, "_spectra", lambda: iter([("one", w)]))
+    (bar,) = bars.cold_accuracy(CPU)
+    assert not bar.met
+    assert math.isnan(bar.value)
+
+
+def test_runner_measures_a_case_and_writes_its_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cases, "CASES", (cases.Case("moments", "tiny", torch.float32),))
+    ceiling = roofline.Roofline(1e10, 1e10, {})
+    monkeypatch.setattr(roofline, "measure", lambda device: ceiling)
+    found = run.run_ops(CPU, seconds=0.01, out=tmp_path / "ops.csv")
+    rows = record.read(tmp_path / "ops.csv")
+    assert rows == found
+    assert {"torch.sum", "eager", "_foreach_norm"} <= {row["variant"] for row in rows}
+    elements = shapes.elements("tiny")
+    one = next(row for row in rows if row["variant"] == "eager")
+    assert float(one["gb_per_s"]) == pytest.approx(4 * elements / float(one["ms"]) / 1e6, rel=0.02)
+    assert (one["torch"], one["threads"]) == (torch.__version__, str(torch.get_num_threads()))
+    assert "moments-tiny-float32" in capsys.readouterr().out
+
+
+def test_stamp_names_device_versions_and_commit():
+    facts = stamp.stamp(CPU)
+    assert set(facts) <= set(run.COLUMNS)
+    assert set(facts) <= set(bars.COLUMNS)
+    assert facts["threads"] == str(torch.get_num_threads())
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+BARS_ROW = {
+    "bar": "spectral",
+    "value": "1.21",
+    "low": "1.19",
+    "high": "1.24",
+    "unit": "x",
+    "limit": "<= 1.3",
+    "met": "yes",
+}
+STAMP = {"device": "a CPU", "threads": "2", "torch": "2.13.0", "commit": "abc", "date": "2026-01-01"}
+
+
+@pytest.fixture
+def readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    sink = record.Csv(tmp_path / "bars_cpu.csv", bars.COLUMNS)
+    sink.add(BARS_ROW | STAMP)
+    sink.close()
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- table:bars -->\nstale\n<!-- /table:bars -->\nafter\n")
+    return path
+
+
+def test_tables_are_written_checked_and_stable(readme, capsys):
+    words = ["--readme", str(readme)]
+    assert tables.main([*words, "--check"]) == 1
+    assert "stale" in readme.read_text()  # checking writes nothing
+    assert "out of date" in capsys.readouterr().err
+    assert tables.main(words) == 0
+    text = readme.read_text()
+    assert "| spectral | 1.21 x (1.19 to 1.24) | <= 1.3 | yes |" in text
+    assert "a CPU, 2 threads, torch 2.13.0, 2026-01-01, commit abc" in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert tables.main([*words, "--check"]) == 0
+    assert tables.main(words) == 0
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- table:nothing -->\n<!-- /table:nothing -->", "no table is called 'nothing'"),
+        ("<!-- table:bars -->\nno end", "has no counterpart"),
+        ("<!-- table:overhead -->\n<!-- /table:overhead -->", "overhead.csv is missing"),
+    ],
+)
+def test_bad_markers_and_missing_results_are_named(readme, capsys, text, said):
+    readme.write_text(text)
+    assert tables.main(["--readme", str(readme)]) == 2
+    assert said in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+def test_ops_and_metrics_tables_have_a_row_each():
+    from fastmon.metrics import METRICS
+
+    made = tables.ops_table()
+    assert all(f"| `{name}` |" in made for name in OPS)
+    assert "cpp" in made
+    assert all(f"`{name}`" in tables.metrics_table() for name in METRICS)
+
+
+def test_overhead_is_shown_in_percent(readme):
+    columns = (
+        "variant",
+        "mode",
+        "steps",
+        "off_ms",
+        "ratio",
+        "low",
+        "high",
+        "total_ratio",
+        "total_low",
+        "total_high",
+        *STAMP,
+    )
+    sink = record.Csv(record.RESULTS / "overhead.csv", columns)
+    measured = {"ratio": "1.0062", "low": "1.0041", "high": "1.0080"}
+    measured |= {"total_ratio": "1.0075", "total_low": "1.0050", "total_high": "1.0100"}
+    sink.add({"variant": "usual", "mode": "nano", "steps": "400", "off_ms": "81.20", **measured, **STAMP})
+    sink.close()
+    assert (
+        "| `usual` | +0.62 % (+0.41 to +0.80) | +0.75 % (+0.50 to +1.00) | 400 |" in tables.overhead_table()
+    )
+
+
+# -- the GPU report --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_gpu_report_without_a_gpu_says_so_in_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=stamp.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.count("\n") == 1
+    assert "no GPU" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_report_keeps_partial_results_and_goes_on(tmp_path):
+    out = tmp_path / "out"
+    lines = ",".join(gpu_checks.COLUMNS) + "\nsync,moments,triton,odd,float32,ok,\n"
+    writing = f"open({str(out / 'checks.csv')!r}, 'w').write({lines!r})"
+    code = f"import time; {writing}; print('half', flush=True); time.sleep(60)"
+    plan = (
+        gpu_report.Stage("cut", (sys.executable, "-c", code), 6),
+        gpu_report.Stage("bad", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 30),
+        gpu_report.Stage("absent", ("x",), 30, needs="no-such-program"),
+        gpu_report.Stage("fine", (sys.executable, "-c", "print('done')"), 30),
+        gpu_report.Stage("late", (sys.executable, "-c", ""), 30, reserve=1000),
+    )
+    assert not gpu_report.run(out, plan, {"device": "a GPU"}, cwd=tmp_path, total_s=60)
+    text = (out / "report.md").read_text()
+    for line in (
+        "| cut | cut off after 6 s |",
+        "| bad | failed (exit code 3) |",
+        "| absent | skipped: no-such-program",
+    ):
+        assert line in text
+    assert "| fine | ok |" in text
+    assert "| late | skipped: no time left |" in text
+    assert "| sync | moments | triton | 1/1 |" in text
+    assert "why" in text
+    assert "half" in (out / "log.txt").read_text()
+    assert len(list(out.iterdir())) <= 8
+
+
+def test_gpu_report_plans_at_most_eight_files(tmp_path):
+    named = {word for stage in gpu_report.stages(tmp_path) for word in stage.command if word.endswith(".csv")}
+    assert len(named | {"ops_cuda.csv", "bars_cuda.csv", "report.md", "log.txt"}) <= 8
+    assert sum(min(stage.budget, 150) for stage in gpu_report.stages(tmp_path)) > gpu_report.TOTAL_S / 2
+    assert gpu_report.TOTAL_S < 9 * 60
+
+
+def test_device_checks_pass_here_and_catch_a_wrong_row(monkeypatch):
+    monkeypatch.setattr(gpu_checks, "SHAPES", ("tiny",))
+    outcomes = list(gpu_checks.run_rows(gpu_checks.agreement, "agreement", CPU))
+    assert {outcome.op for outcome in outcomes} == set(OPS)
+    assert [outcome for outcome in outcomes if outcome.result != "ok"] == []
+    op = OPS["moments"]
+    monkeypatch.setattr(op, "reference", lambda *args: tuple(x * 1.5 for x in op.impls[-1].function()(*args)))
+    bad = [o for o in gpu_checks.run_rows(gpu_checks.agreement, "agreement", CPU) if o.op == "moments"]
+    assert bad
+    assert {outcome.result for outcome in bad} == {"failed"}
+
+
+# -- the monitored loop ----------------------------------------------------------------------------------------------
+
+
+def test_every_metric_belongs_to_one_part_of_the_overhead_benchmark():
+    from benchmarks import loop
+
+    assert loop.uncovered() == []
+
+
+def test_monitored_and_unmonitored_copies_of_the_run_compute_the_same(tmp_path):
+    from benchmarks import loop, overhead
+
+    data = loop.random_shards(tmp_path, vocab=8192, tokens=50_000)
+    cfg = loop.default_config("nano", seq_len=16, batch_size=2, **data)
+    jobs = {name: loop.Loop(name, cfg, CPU) for name in ("off", "usual")}
+    times = overhead.measure(jobs, seconds=0, stretch=1, warmup=1)
+    assert {len(values) for values in times.values()} == {5}
+    weights = [[p.detach().clone() for p in job.job.bare.parameters()] for job in jobs.values()]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    logged = (jobs["usual"]._folder.name, jobs["off"]._folder.name)
+    usual, off = (Path(name, "metrics.jsonl").read_text() for name in logged)
+    assert '"Model/spectral_norm_max": ' in usual.partition("\n")[2]
+    assert '"Model/spectral_norm_max": ' not in off.partition("\n")[2]
+    for job in jobs.values():
+        job.close()
+    (row,) = overhead.rows({"off": [10.0, 20.0, 10.0], "usual": [10.1, 20.2, 13.1]}, mode="nano", stretch=2)
+    assert (row["variant"], row["ratio"], row["steps"]) == ("usual", "1.0100", "6")
+    assert float(row["total_ratio"]) == pytest.approx(43.4 / 40, abs=1e-4)
