@@ -108,12 +108,12 @@ METRICS: dict[str, Metric] = {
         ("Time/compile_ms", "ms", "torch.compile at work since the last row", "dynamo's own clock"),
         ("Time/monitor_ms", "ms", "host time that the monitor took for this row", "host clock around its calls"),
         ("Time/data_ms", "ms", "waiting for the batch", _GIVEN),
-        ("Time/host_ms", "ms", "host time of the step without waiting for data", _GIVEN),),
+        ("Time/host_ms", "ms", "host time of the step without waiting for data", _GIVEN)),
     **_rows("cheap", "mean",
-        ("Loss/train_loss", "nats", "training loss of this step", _GIVEN),),
+        ("Loss/train_loss", "nats", "training loss of this step", _GIVEN)),
     **_rows("cheap", "rank 0",
         ("Loss/val_loss", "nats", "validation loss", _GIVEN),
-        ("Loss/loss_<task>", "nats", "loss of one task, on its steps", _GIVEN),),
+        ("Loss/loss_<task>", "nats", "loss of one task, on its steps", _GIVEN)),
     **_rows("cheap", "replicated",
         ("Optimization/lr", "1", "learning rate of the first parameter group", "param_groups"),
         ("Optimization/lr/<group>", "1", "learning rate of each group, where there are several", "param_groups"),
@@ -123,7 +123,7 @@ METRICS: dict[str, Metric] = {
          "global L2 norm of the gradient that the optimizer receives", "grad_norm min(1, c)"),
         ("Optimization/step_skipped", "0/1",
          "1 where the scaler skipped the step (overflow), 0 where it did not", "GradScaler"),
-        ("Optimization/loss_scale", "1", "scale of the loss", "GradScaler"),),
+        ("Optimization/loss_scale", "1", "scale of the loss", "GradScaler")),
     **_rows("usual", "replicated",
         ("Optimization/update_norm", "1", "L2 norm of the step's change of the parameters", "sqrt(sum |w' - w|^2)"),
         ("Optimization/update_ratio", "1", "largest update ratio of any parameter", "max update_ratio/<param>"),
@@ -131,13 +131,13 @@ METRICS: dict[str, Metric] = {
         ("Optimization/update_spectral_norm/<param>", "1",
          "largest singular value of Muon's step before scaling", "Muon.observations"),
         ("Optimization/update_stable_rank/<param>", "1",
-         "|M|_F^2 / sigma^2 of what Muon orthogonalises", "Muon.observations"),),
+         "|M|_F^2 / sigma^2 of what Muon orthogonalises", "Muon.observations")),
     **_rows("usual", "replicated",
-        ("Gradients/norm/<param>", "1", "L2 norm, before clipping where the monitor clips", "|g|"),),
+        ("Gradients/norm/<param>", "1", "L2 norm, before clipping where the monitor clips", "|g|")),
     **_rows("cheap", "replicated",
-        ("Gradients/nonfinite", "count", "NaN and Inf elements of the gradient", "count"),),
+        ("Gradients/nonfinite", "count", "NaN and Inf elements of the gradient", "count")),
     **_rows("cheap", "replicated",
-        ("Model/param_norm", "1", "global L2 norm of the trained parameters, after the step", "sqrt(sum |w|^2)"),),
+        ("Model/param_norm", "1", "global L2 norm of the trained parameters, after the step", "sqrt(sum |w|^2)")),
     **_rows("usual", "replicated",
         ("Model/spectral_norm/<param>", "1", "largest singular value of a hidden matrix", "warm power iteration"),
         ("Model/spectral_residual/<param>", "1",
@@ -145,16 +145,16 @@ METRICS: dict[str, Metric] = {
         ("Model/stable_rank/<param>", "1", "|W|_F^2 / sigma^2 of a hidden matrix", "spectral_norm and |W|_F, one read"),
         ("Model/spectral_norm_max", "1", "largest spectral norm over the hidden matrices", "max"),
         ("Model/spectral_norm_mean", "1", "mean spectral norm over the hidden matrices", "mean"),
-        ("Model/spectral_norm_std", "1", "standard deviation of the spectral norms (population)", "std"),),
+        ("Model/spectral_norm_std", "1", "standard deviation of the spectral norms (population)", "std")),
     **_rows("usual", "rank 0",
         ("Activations/<module>_mean", "1", "mean of the module's output in this step's training batches", "sum x / n"),
         ("Activations/<module>_std", "1", "standard deviation of the output (population)", "sqrt(m2 / n)"),
         ("Activations/<module>_min", "1", "smallest output", "min"),
         ("Activations/<module>_max", "1", "largest output", "max"),
         ("Activations/<module>_l2_norm", "1", "L2 norm of the output over the step's batches", "sqrt(sum x^2)"),
-        ("Activations/<module>_zero_frac", "fraction", "share of outputs that are exactly 0", "zeros / n"),),
+        ("Activations/<module>_zero_frac", "fraction", "share of outputs that are exactly 0", "zeros / n")),
     **_rows("full", "rank 0",
-        ("Activations/<module>_kurtosis", "1", "fourth standardised moment: 3 for a Gaussian", "(m4 / n) / (m2 / n)^2"),),
+        ("Activations/<module>_kurtosis", "1", "fourth standardised moment: Gaussian 3", "(m4 / n) / (m2 / n)^2")),
     **_rows("cheap", "rank 0",
         ("Hardware/peak_memory_mb", "MiB", "peak of allocated device memory", "torch.cuda.memory_stats"),
         ("Hardware/reserved_memory_mb", "MiB", "device memory held by the allocator", "torch.cuda.memory_stats"),
@@ -163,7 +163,7 @@ METRICS: dict[str, Metric] = {
         ("Hardware/monitor_memory_mb", "MiB", "memory held by the monitor's own buffers", "sum of their bytes"),
         ("Hardware/mfu", "fraction",
          "model FLOP/s over the peak of all devices; absent for an unknown device", "arXiv 2204.02311, app. B"),
-        ("Hardware/tflops_per_s", "TFLOP/s", "model FLOP/s", "flops_per_token tokens_per_s / 1e12"),),
+        ("Hardware/tflops_per_s", "TFLOP/s", "model FLOP/s", "flops_per_token tokens_per_s / 1e12")),
 }
 # fmt: on
 
@@ -181,7 +181,7 @@ def register(metric: Metric) -> None:
 
 def _add_template(name: str) -> None:
     if "<" in name:
-        _TEMPLATES.append((re.compile(re.sub(r"<\w+>", "(.+)", name)), name))
+        _TEMPLATES.insert(0, (re.compile(re.sub(r"<\w+>", "(.+)", name)), name))
 
 
 for _name in METRICS:

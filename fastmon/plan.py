@@ -21,8 +21,10 @@ _EMBEDDING = re.compile(r"(^|[._])(emb|embed\w*|wte|wpe|tok_emb|pos_emb\w*|posit
 _HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|output_projection|unembed\w*)\.")
 
 
-def _cut(name: str, shape: Sequence[int]) -> tuple[tuple[str, ...], int]:
+def _cut(name: str, shape: Sequence[int], module: nn.Module | None) -> tuple[tuple[str, ...], int]:
     """How a parameter falls into pieces: their suffixes and the dimension; () where it stays whole."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return (), 0
     path = name.split(".")
     fused = any(_QKV.search(part) for part in path[-2:])
     if fused and len(shape) == 2 and shape[0] == 3 * shape[1]:
@@ -36,13 +38,13 @@ def _cut(name: str, shape: Sequence[int]) -> tuple[tuple[str, ...], int]:
     return (), 0
 
 
-def split_param(name: str, p: Tensor) -> list[tuple[str, Tensor]]:
+def split_param(name: str, p: Tensor, module: nn.Module | None = None) -> list[tuple[str, Tensor]]:
     """The pieces of a parameter as (name, view): q, k, v of a fused projection, the experts of a stack, or itself.
 
     (3d, d) named *qkv*, *c_attn* or *in_proj* -> name.q, name.k, name.v, each (d, d); (E, m, n) -> name.0 ... name.E-1.
-    Views, no copies.
+    Views, no copies. `module`, its owner, tells the filter of a convolution, which is one matrix, from a stack.
     """
-    suffixes, dim = _cut(name, p.shape)
+    suffixes, dim = _cut(name, p.shape, module)
     if not suffixes:
         return [(name, p)]
     views = p.unbind(0) if p.ndim == 3 else p.chunk(3, dim=dim)
@@ -79,7 +81,7 @@ class Plan:
 
     def __init__(self, model: nn.Module, *, params: str | None = None) -> None:
         wanted = re.compile(params or "")
-        owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+        owners = owners_of(model)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
         self.parameters: tuple[nn.Parameter, ...] = tuple(p for _, p in named)
         self.names: tuple[str, ...] = tuple(_plain(n) for n, _ in named)
@@ -93,15 +95,13 @@ class Plan:
                 "the parameters are sharded (DTensor): this version reads replicated parameters only"
             )
         self.device = devices.pop() if devices else torch.device("cpu")
-        self._cuts = [
-            (len(s), dim)
-            for s, dim in (_cut(n, p.shape) for n, p in zip(self.names, self.parameters, strict=True))
-        ]
+        cuts = [_cut(n, p.shape, owners[p]) for n, p in zip(self.names, self.parameters, strict=True)]
+        self._cuts = [(len(suffixes), dim) for suffixes, dim in cuts]
         self._whole = not any(count for count, _ in self._cuts)
         pieces = []
         for index, (name, p) in enumerate(zip(self.names, self.parameters, strict=True)):
-            kind = "matrix" if _is_conv(owners.get(id(p))) else role(name, p, owners.get(id(p)))
-            for part, view in split_param(name, p):
+            kind = role(name, p, owners[p])
+            for part, view in split_param(name, p, owners[p]):
                 pieces.append(Piece(part, index, kind, tuple(view.shape), p.dtype, bool(wanted.search(part))))
         self.pieces: tuple[Piece, ...] = tuple(pieces)
         if params is not None and not any(piece.logged for piece in pieces):
@@ -163,13 +163,18 @@ class Prepared:
         return result if isinstance(result, tuple) else (result,)
 
 
+def owners_of(model: nn.Module) -> dict[nn.Parameter, nn.Module]:
+    """Every parameter's module; of a tied one the first, whose name it has."""
+    owners: dict[nn.Parameter, nn.Module] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(p, module)
+    return owners
+
+
 def _plain(name: str) -> str:
     """A parameter's name without what wrappers put before it."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def _is_conv(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _some(pieces: Sequence[Piece]) -> str:

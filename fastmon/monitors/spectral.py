@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastmon import ops
 from fastmon.monitors import Base, Scene
 from fastmon.ops.spectral import HEADER, lanczos_op, norm_op, pad16
-from fastmon.plan import split_param
+from fastmon.plan import owners_of, split_param
 from fastmon.readback import Numbers, floats
 from fastmon.sinks import Row
 
@@ -164,7 +164,8 @@ def compute_weight_spectral_norms(
     Raises ValueError for an unknown mode and for targets that match nothing. Cost: lanczos reads W 21 times.
     """
     chosen = _targets(model, target_params)
-    pieces = [piece for name, p in chosen for piece in split_param(name, p.detach())]
+    owners = owners_of(model)
+    pieces = [piece for name, p in chosen for piece in split_param(name, p.detach(), owners[p])]
     names = [name for name, _ in pieces]
     ws = [w if w.ndim == 2 else w.flatten(1) for _, w in pieces]
     if power_iters < 1:
