@@ -17,7 +17,7 @@ def draw(*shape, vocab=61):
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_chunked_loss_is_cross_entropy(monkeypatch, rows, softcap):
-    monkeypatch.setattr(loss_room, "CHUNK_BYTES", 4 * 61 * rows)  # 48 tokens in chunks of `rows`
+    monkeypatch.setitem(loss_room.CHUNK_BYTES, "cpu", 4 * 61 * rows)  # 48 tokens in chunks of `rows`
     x = torch.randn(3, 16, 32, requires_grad=True)
     w = torch.randn(61, 32, requires_grad=True)
     targets = draw(3, 16)
@@ -57,3 +57,27 @@ def test_gradients_only_where_wanted():
     assert x.grad is not None
     with torch.no_grad():
         assert not next_token_loss(x, w, targets).requires_grad
+
+
+def test_no_silent_second_derivative():
+    x = torch.randn(5, 4, requires_grad=True)
+    loss = next_token_loss(x, torch.randn(7, 4), draw(5, vocab=7))
+    (g,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        g.sum().backward()
+
+
+def test_small_fp16_gradients_survive_with_a_loss_scale():
+    # 1 / n of a fresh softmax entry is below fp16's 6e-8; with the scale in front nothing is lost.
+    n, vocab = 2048, 4096
+    x, w = torch.randn(n, 8), torch.randn(vocab, 8) * 0.01
+    targets = draw(n, vocab=vocab)
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        a, b = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+        half = dtype == torch.float16
+        loss = next_token_loss(a, b, targets) if half else F.cross_entropy(a @ b.T, targets)
+        (loss * 65536).backward()
+        grads.append((a.grad.double(), b.grad.double()))
+    for got, wanted in zip(*grads, strict=True):
+        assert ((got - wanted).norm() / wanted.norm()).item() < 5e-3

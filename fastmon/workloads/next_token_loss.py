@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 8 << 20  # fp32 logits of one chunk: small enough for a shared last-level cache
+# fp32 logits of one chunk: on a CPU small enough for the last-level cache, elsewhere large enough for full matmuls.
+CHUNK_BYTES = {"cpu": 8 << 20}
+CHUNK_BYTES_ELSEWHERE = 512 << 20
 
 
 class _NextTokenLoss(torch.autograd.Function):
@@ -45,8 +48,8 @@ class _NextTokenLoss(torch.autograd.Function):
             total += (mass.log() + (peak - zt)).sum()  # peak first: large logits cancel exactly
             if not (need_x or need_w):
                 continue
-            p.mul_(mass.reciprocal_().div_(n))
-            p.scatter_add_(1, ts, torch.full_like(zt, -1.0 / n))
+            p.mul_(mass.reciprocal_())
+            p.scatter_add_(1, ts, torch.full_like(zt, -1.0))
             if capped is not None:  # d cap tanh(z / cap) / dz = 1 - tanh^2
                 p.mul_(capped.div_(softcap).square_().neg_().add_(1.0))
             g = p.to(x.dtype)
@@ -58,13 +61,16 @@ class _NextTokenLoss(torch.autograd.Function):
                 else:
                     dw += g.t() @ xs
         ctx.save_for_backward(dx, dw)
+        ctx.rows = n
         return total / n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        # The mean's 1/n comes last, with the loss scale in `g`: alone it would push fp16 gradients under 6e-8.
         dx, dw = ctx.saved_tensors
-        g = grads[0]
-        return None if dx is None else dx * g.to(dx.dtype), None if dw is None else dw * g, None, None, None
+        g = grads[0] / ctx.rows
+        return None if dx is None else (dx * g).to(dx.dtype), None if dw is None else dw * g, None, None, None
 
 
 def next_token_loss(
@@ -77,12 +83,12 @@ def next_token_loss(
     """Return mean(-log softmax(x w^T)[target]), 0-d fp32.
 
     Matmuls run in autocast's dtype where it is on, else in x's; the softmax, the sum and w's gradient are
-    fp32. Cost: the three matmuls of the head and about four passes over each chunk of logits.
+    fp32. Differentiable once. Cost: the three matmuls of the head and about four passes over each chunk of logits.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        rows = max(1, CHUNK_BYTES // (4 * w.shape[0])) if device == "cpu" else flat.shape[0]
+        rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE) // (4 * w.shape[0]))
         loss: Tensor = _NextTokenLoss.apply(flat, w.to(dtype), targets.reshape(-1), softcap, rows)
         return loss
