@@ -2,8 +2,8 @@
 
 An `Op` is one contract (schema, reference, fake, traffic, tolerances) and a table of `Impl` rows, best first.
 `choose` walks the rows and takes the first that does not refuse; a refusal is a sentence, so `explain` and
-`fastmon doctor` can print it. `FASTMON_BACKEND=name` or `with force("name")` asks for one row by name; where that
-row refuses, `BackendError` lists every row with its reason instead of running something else.
+`fastmon doctor` can print it. `FASTMON_BACKEND=name` or `with force("name")` asks for one row by name in every op
+that has it; where that row refuses, `BackendError` lists every row with its reason instead of running something else.
 
 This is the only file that decides between two implementations.
 """
@@ -175,8 +175,13 @@ _choices: dict[tuple[str, str | None, Facts], Impl] = {}
 
 
 def choose(op: Op, facts: Facts) -> Impl:
-    """The first row of `op` that accepts `facts`; with a forced name, that row or BackendError. Cached."""
+    """The first row of `op` that accepts `facts`; with a forced name it has, that row or BackendError. Cached."""
     wish = _forced.get() or os.environ.get("FASTMON_BACKEND") or None
+    if wish is not None and all(impl.name != wish for impl in op.impls):
+        known = {impl.name for other in OPS.values() for impl in other.impls}
+        if wish not in known:
+            raise BackendError(f"no op has an implementation {wish!r}; there are {', '.join(sorted(known))}")
+        wish = None  # other ops have such a row, this one has not
     key = (op.name, wish, facts)
     if key not in _choices:
         rows = explain(op, facts)
@@ -203,7 +208,7 @@ def explain(op: Op, facts: Facts) -> list[tuple[Impl, str | None]]:
 
 @contextlib.contextmanager
 def force(name: str) -> Iterator[None]:
-    """Within the block every op uses its row `name`; an op whose row refuses raises BackendError."""
+    """Within the block every op that has a row `name` uses it, or raises BackendError where that row refuses."""
     token = _forced.set(name)
     try:
         yield
