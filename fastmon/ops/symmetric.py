@@ -166,5 +166,5 @@ def _hashed(
     h = torch.arange(1, m + 1, device=like.device) * 2654435761 & 0xFFFFFFFF
     h = (h ^ (h >> 15)) * 2246822519 & 0xFFFFFFFF
     h = (h ^ (h >> 13)) * 3266489917 & 0xFFFFFFFF
-    v = (h >> 9).to(like.dtype) / 2**22 - 1
-    return (v / v.norm()).view(1, -1, 1)
+    v: Tensor = (h >> 9).to(like.dtype) / 2**22 - 1
+    return v.div(v.norm()).view(1, -1, 1)
