@@ -124,9 +124,29 @@ def newton_schulz_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     yield "250x333", lambda: newton_schulz.launch([odd], "ns5", 2, dtype, dtype)
 
 
+def spectral_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    from fastmon.kernels import spectral
+
+    for columns in (768, 3072, 5120):
+        w = torch.zeros(64, columns, dtype=dtype)
+        state = torch.zeros(16 + columns)
+        yield f"n={columns}", lambda w=w, state=state: spectral.spectral_norm([w], state, 1)
+    narrow = torch.zeros(64, 769, dtype=dtype)[:, 1:]
+    yield "n=768 unaligned", lambda: spectral.spectral_norm([narrow], torch.zeros(784), 1)
+    wide = torch.zeros(64, 5121, dtype=dtype)[:, 1:]
+    yield "n=5120 unaligned", lambda: spectral.spectral_norm([wide], torch.zeros(5136), 1)
+    w = torch.zeros(64, 768, dtype=dtype)
+    state = torch.zeros(784)
+    halves = torch.zeros(768), torch.zeros(1, 1, 1), torch.zeros(1)
+    yield "half", lambda: spectral.gram_matvec([w], state)
+    yield "summed", lambda: spectral.spectral_finish(*halves, state, [768])
+    yield "20 steps", lambda: spectral.lanczos([w], state, 20)
+
+
 CASES: tuple[Callable[[torch.dtype], Iterator[tuple[str, Callable[[], object]]]], ...] = (
     moments_cases,
     newton_schulz_cases,
+    spectral_cases,
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -24,7 +24,8 @@ from .pointers import FUSION, TRITON_DTYPES, addresses, pow2, resident, typed
 HEADER = 16  # floats before a vector in the state; the first is the exponent
 BYTES = 262_144  # of W a program
 # Columns up to which a variant serves, rows and columns of one step, warps. The last one sweeps its rows twice.
-WIDTHS = ((1024, 8, 1024, 4), (4096, 4, 4096, 8), (1 << 62, 8, 512, 4))
+WIDTHS = ((1024, 8, 1024, 4), (4096, 2, 4096, 8), (1 << 62, 8, 512, 8))
+UNALIGNED_STEP = 2  # rows of one step where loads are element by element and their addresses fill registers
 SUM_BLOCK = 1024
 SUM_LAUNCH = {"num_warps": 4, "num_stages": 1}
 
@@ -55,7 +56,7 @@ class Layout:
         variants = [next(i for i, limit in enumerate(WIDTHS) if n <= limit[0]) for _, n, _ in shapes]
         self.partials = at = flat = 0
         for i, (m, n, stride) in enumerate(shapes):
-            step = WIDTHS[variants[i]][1]
+            step = WIDTHS[variants[i]][1] if kinds[i][1] else UNALIGNED_STEP
             share = max(1, BYTES // max(1, n * kinds[i][0].itemsize * step)) * step
             programs = -(-m // share) if n else 0
             vector, exponent = (at + HEADER, at) if state else (i * self.width, i)
@@ -226,8 +227,9 @@ def gram_wide(
         again = lane * 0 + r > local * share
         for c in range(0, full, WIDTH):
             x = tl.load(line + (c + lane)[None, :]).to(tl.float32) * weight
-            before = tl.load(out + c + lane, mask=again, other=0.0)
-            tl.store(out + c + lane, before + tl.sum(x * y[:, None], 0))
+            target = out + c + lane  # one pointer tensor, so that a thread adds to what it wrote itself
+            before = tl.load(target, mask=again, other=0.0)
+            tl.store(target, before + tl.sum(x * y[:, None], 0))
         if full < n:
             inside = full + lane < n
             x = (
@@ -235,9 +237,9 @@ def gram_wide(
                 * weight
             )
             kept = full + lane < padded
-            before = tl.load(out + full + lane, mask=kept & again, other=0.0)
-            tl.store(out + full + lane, before + tl.sum(x * y[:, None], 0), mask=kept)
-        tl.debug_barrier()  # the partial that the next rows add to was written by other threads
+            target = out + full + lane
+            before = tl.load(target, mask=kept & again, other=0.0)
+            tl.store(target, before + tl.sum(x * y[:, None], 0), mask=kept)
     tl.store(sums + p, tl.sum(length, 0))
     tl.store(sums + programs + p, tl.sum(tl.sum(square, 1), 0))
     tl.store(sums + 2 * programs + p, tl.max(tl.max(high, 1), 0))
@@ -316,7 +318,7 @@ class Gram:
                 self.layout.programs,
                 DTYPE=TRITON_DTYPES[dtype],
                 ALIGNED=aligned,
-                STEP=step,
+                STEP=step if aligned else UNALIGNED_STEP,
                 WIDTH=width,
                 num_warps=warps,
                 num_stages=1,

@@ -28,10 +28,19 @@ BLOCK = 1024
 FINISH_LAUNCH = {"num_warps": 8, "num_stages": 1}
 
 
+@triton.jit
+def sum_parts(pointers, inside, parts, padded):
+    """Return the sum of `parts` vectors that lie `padded` floats apart, in order."""
+    z = tl.load(pointers, mask=inside, other=0.0)
+    for p in range(1, parts):
+        z += tl.load(pointers + p * padded, mask=inside, other=0.0)
+    return z
+
+
 @triton.jit(do_not_specialize=["count", "programs"])
 def finish(
     meta,  # (10, count) int64
-    partial,  # fp32; the first partial of a matrix ends as its sum
+    partial,  # fp32
     sums,  # (3, programs) fp32: |y|^2, |W'|_F^2, absmax
     state,  # fp32
     sigma_out,  # (count,) fp32
@@ -42,7 +51,7 @@ def finish(
     SUMMED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Finish one matrix a program. SUMMED: there is one part, z itself, which is not written, and no absmax."""
+    """Finish one matrix a program. SUMMED: the one part of a matrix is z itself, and there is no absmax."""
     i = tl.program_id(0).to(tl.int64)
     n = tl.load(meta + count + i)
     padded = (n + 15) // 16 * 16
@@ -78,12 +87,7 @@ def finish(
     for start in range(0, padded * tl.minimum(own, 1), BLOCK):
         column = start + lane
         inside = column < padded
-        z = tl.load(z_ptr + column, mask=inside, other=0.0)
-        for p in range(1, own):
-            z += tl.load(z_ptr + p * padded + column, mask=inside, other=0.0)
-        if not SUMMED:
-            tl.store(z_ptr + column, z, mask=inside)
-        half = z * over  # W'^T u with u = W'v / |W'v|
+        half = sum_parts(z_ptr + column, inside, own, padded) * over  # W'^T u with u = W'v / |W'v|
         slip = half - s0 * tl.load(v_ptr + column, mask=inside, other=0.0)
         norm_lanes += half * half
         slip_lanes += slip * slip
@@ -108,12 +112,13 @@ def finish(
     tl.store(fro_out + i, tl.where(known, fro * unit, float("nan")))
 
     if good:
-        tl.debug_barrier()  # z was stored above by the threads that summed it
         scale = over / sigma
         for start in range(0, padded, BLOCK):
             column = start + lane
             inside = column < padded
-            tl.store(v_ptr + column, scale * tl.load(z_ptr + column, mask=inside, other=0.0), mask=inside)
+            # Summed again: reading back a stored sum would need an ordering between threads.
+            z = sum_parts(z_ptr + column, inside, own, padded)
+            tl.store(v_ptr + column, scale * z, mask=inside)
         tl.store(e_ptr, tl.minimum(tl.maximum(e + exponent_of(fro), -126), 126).to(tl.float32))
     if stale:
         tl.store(e_ptr, exponent_of(high).to(tl.float32))
