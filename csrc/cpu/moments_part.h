@@ -38,8 +38,7 @@ struct PairPart {
   void merge(const PairPart& o) { dot += o.dot, xx += o.xx, yy += o.yy, dd += o.dd; }
 };
 
-constexpr int64_t kChunk = 8192;         // elements per fp32 accumulation, small enough to be read twice from L1 or L2
-constexpr int64_t kTask = 8 * kChunk;    // elements per task
+constexpr int64_t kTask = 65536;         // elements per task
 constexpr int64_t kSerial = 2 * kTask;   // a shorter list stays on the calling thread
 
 }  // namespace fastmon

@@ -37,8 +37,11 @@ inline void jacobi(int n, double* a, double* q, int* order) {
       }
     }
   }
-  for (int i = 0; i < n; ++i) order[i] = i;
-  std::stable_sort(order, order + n, [&](int i, int j) { return a[i * (n + 1)] > a[j * (n + 1)]; });
+  for (int i = 0; i < n; ++i) {
+    int at = i;
+    for (; at > 0 && a[order[at - 1] * (n + 1)] < a[i * (n + 1)]; --at) order[at] = order[at - 1];
+    order[at] = i;
+  }
 }
 
 // Largest eigenvalue of the tridiagonal matrix with diagonal `a` and off-diagonal `b` (n - 1 used): bisection on the

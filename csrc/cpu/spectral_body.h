@@ -4,98 +4,100 @@
 // still in L1 or L2, to z: memory is read at an even pace and every row once.
 constexpr int kRows = FASTMON_LEVEL == 5 ? 8 : 4;
 
-template <class T, bool kScaled>
-FASTMON_FN Two load_row(const T* p, int64_t left, float scale) {
-  Two w = left >= U ? load2(p) : load2_tail(p, left);
-  if (kScaled) w.a *= scale, w.b *= scale;
-  return w;
-}
-
-// One step of R rows for one vector; kDot rows at `next`, kAdd rows at `last` with weights c; the rows at `ahead` are
-// fetched into the cache.
-template <class T, int R, bool kScaled, bool kDot, bool kAdd>
-FASTMON_FN void step(const T* next, const T* last, const T* ahead, int64_t stride, int64_t n, float scale, const float* v,
+// One step of R rows for one vector: y = dot products of the rows at `next` with v, z += the rows at `last` times c; the
+// rows at `ahead` are fetched into the cache meanwhile. n is a multiple of U.
+template <class T, int R, bool kScaled>
+static __attribute__((noinline)) void whole_step(const T* next, const T* last, const T* ahead, int64_t stride, int64_t n, float scale, const float* v,
                      const float* c, float* z, float* y, double* fro2) {
   vf acc[R], f0 = {}, f1 = {}, w[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    acc[r] = vf{};
-    if (kAdd) w[r] = splat(c[r]);
-  }
-  auto columns = [&](int64_t j, int64_t left) __attribute__((always_inline)) {
-    vf z0, z1, v0, v1;
-    if (kAdd) z0 = load(z + j), z1 = load(z + j + VW);
-    if (kDot) v0 = load(v + j), v1 = load(v + j + VW);
+  for (int r = 0; r < R; ++r) acc[r] = vf{}, w[r] = splat(c[r]);
+  for (int64_t j = 0; j < n; j += U) {
+    const vf v0 = load(v + j), v1 = load(v + j + VW);
+    vf z0 = load(z + j), z1 = load(z + j + VW);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      if (kDot) {
-        __builtin_prefetch(ahead + r * stride + j);
-        if (sizeof(T) * U > 64) __builtin_prefetch(ahead + r * stride + j + VW);
-        const Two x = load_row<T, kScaled>(next + r * stride + j, left, scale);
-        acc[r] += x.a * v0;
-        f0 += x.a * x.a;
-        acc[r] += x.b * v1;
-        f1 += x.b * x.b;
-      }
-      if (kAdd) {
-        const Two x = load_row<T, kScaled>(last + r * stride + j, left, scale);
-        z0 += x.a * w[r];
-        z1 += x.b * w[r];
-      }
+      __builtin_prefetch(ahead + r * stride + j);
+      if (sizeof(T) * U > 64) __builtin_prefetch(ahead + r * stride + j + VW);
+      Two a = load2(next + r * stride + j), b = load2(last + r * stride + j);
+      if (kScaled) a.a *= scale, a.b *= scale, b.a *= scale, b.b *= scale;
+      acc[r] += a.a * v0;
+      f0 += a.a * a.a;
+      z0 += b.a * w[r];
+      acc[r] += a.b * v1;
+      f1 += a.b * a.b;
+      z1 += b.b * w[r];
     }
-    if (kAdd) store(z + j, z0), store(z + j + VW, z1);
-  };
-  const int64_t full = n / U * U;
-  for (int64_t j = 0; j < full; j += U) columns(j, U);
-  if (full < n) columns(full, n - full);
-  if (kDot) {
-    for (int r = 0; r < R; ++r) y[r] = sum(acc[r]);
-    *fro2 += total(f0) + total(f1);
+    store(z + j, z0), store(z + j + VW, z1);
   }
+  for (int r = 0; r < R; ++r) y[r] = sum(acc[r]);
+  *fro2 += total(f0) + total(f1);
+}
+
+// The same for any n: columns beyond the last multiple of U are copied beside zeros.
+template <class T, int R, bool kScaled>
+FASTMON_FN void step(const T* next, const T* last, const T* ahead, int64_t stride, int64_t n, float scale, const float* v,
+                     const float* c, float* z, float* y, double* fro2) {
+  const int64_t full = n / U * U;
+  whole_step<T, R, kScaled>(next, last, ahead, stride, full, scale, v, c, z, y, fro2);
+  if (full == n) return;
+  T next_end[R * U] = {}, last_end[R * U] = {};
+  float y_end[R];
+  for (int r = 0; r < R; ++r) {
+    for (int64_t j = full; j < n; ++j) {
+      next_end[r * U + j - full] = next[r * stride + j];
+      last_end[r * U + j - full] = last[r * stride + j];
+    }
+  }
+  whole_step<T, R, kScaled>(next_end, last_end, next_end, U, U, scale, v + full, c, z + full, y_end, fro2);
+  for (int r = 0; r < R; ++r) y[r] += y_end[r];
 }
 
 template <class T, bool kScaled>
 FASTMON_FN void sweep_one(const T* w, int64_t rows, int64_t stride, int64_t n, Scale s, const float* v, float* z,
                           double* yy, double* fro2) {
-  float y[kRows], c[kRows];
-  double fro = 0, norm = 0;
-  auto weigh = [&](int count) __attribute__((always_inline)) {
-    for (int r = 0; r < count; ++r) {
-      norm += double(y[r]) * double(y[r]);
-      c[r] = float(double(y[r]) * s.weight);
-    }
-  };
+  float y[kRows], c[kRows] = {}, none[kRows] = {};
+  double fro = 0, norm = 0, ignored = 0;
   const int64_t steps = rows / kRows, hop = kRows * stride;
   for (int64_t b = 0; b < steps; ++b) {
     const T* next = w + b * hop;
     const T* ahead = b + 1 < steps ? next + hop : next;
-    if (b == 0) step<T, kRows, kScaled, true, false>(next, next, ahead, stride, n, s.load, v, c, z, y, &fro);
-    else step<T, kRows, kScaled, true, true>(next, next - hop, ahead, stride, n, s.load, v, c, z, y, &fro);
-    weigh(kRows);
+    step<T, kRows, kScaled>(next, b ? next - hop : next, ahead, stride, n, s.load, v, c, z, y, &fro);
+    for (int r = 0; r < kRows; ++r) {
+      norm += double(y[r]) * double(y[r]);
+      c[r] = float(double(y[r]) * s.weight);
+    }
   }
   if (steps > 0) {
     const T* last = w + (steps - 1) * hop;
-    step<T, kRows, kScaled, false, true>(last, last, last, stride, n, s.load, v, c, z, y, &fro);
+    step<T, kRows, kScaled>(last, last, last, stride, n, s.load, v, c, z, y, &ignored);
   }
   for (int64_t r = steps * kRows; r < rows; ++r) {
     const T* row = w + r * stride;
-    step<T, 1, kScaled, true, false>(row, row, row, stride, n, s.load, v, c, z, y, &fro);
-    weigh(1);
-    step<T, 1, kScaled, false, true>(row, row, row, stride, n, s.load, v, c, z, y, &fro);
+    step<T, 1, kScaled>(row, row, row, stride, n, s.load, v, none, z, y, &fro);
+    norm += double(y[0]) * double(y[0]);
+    c[0] = float(double(y[0]) * s.weight);
+    step<T, 1, kScaled>(row, row, row, stride, n, s.load, v, c, z, y, &ignored);
   }
   *yy = norm * s.square;
   *fro2 = fro * s.square;
 }
 
+template <class T>
+FASTMON_FN Two load_row(const T* p, int64_t left, float scale) {
+  const Two w = left >= U ? load2(p) : load2_tail(p, left);
+  return {w.a * scale, w.b * scale};
+}
+
 // R rows against K <= 4 vectors, y[r * block + k]; then the same rows onto K rows of z. Rows of v and z are `wide` apart.
-template <class T, int R, int K, bool kScaled>
+template <class T, int R, int K>
 static __attribute__((noinline)) void dots(const T* w, int64_t stride, int64_t n, int64_t wide, float scale, const float* v, int64_t block,
                      float* y, double* fro2) {
   vf acc[R][K] = {}, f0 = {}, f1 = {};
   for (int64_t j = 0; j < n; j += U) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Two x = load_row<T, kScaled>(w + r * stride + j, n - j, scale);
+      const Two x = load_row(w + r * stride + j, n - j, scale);
       if (fro2) f0 += x.a * x.a, f1 += x.b * x.b;
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) acc[r][k] += x.a * load(v + k * wide + j) + x.b * load(v + k * wide + j + VW);
@@ -106,13 +108,13 @@ static __attribute__((noinline)) void dots(const T* w, int64_t stride, int64_t n
   if (fro2) *fro2 += total(f0) + total(f1);
 }
 
-template <class T, int R, int K, bool kScaled>
+template <class T, int R, int K>
 static __attribute__((noinline)) void adds(const T* w, int64_t stride, int64_t n, int64_t wide, float scale, const float* c, int64_t block,
                      float* z) {
   for (int64_t j = 0; j < n; j += U) {
     Two x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) x[r] = load_row<T, kScaled>(w + r * stride + j, n - j, scale);
+    for (int r = 0; r < R; ++r) x[r] = load_row(w + r * stride + j, n - j, scale);
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
       vf z0 = load(z + k * wide + j), z1 = load(z + k * wide + j + VW);
@@ -123,7 +125,7 @@ static __attribute__((noinline)) void adds(const T* w, int64_t stride, int64_t n
   }
 }
 
-template <class T, int R, bool kScaled>
+template <class T, int R>
 static void rows_many(const T* w, int64_t stride, int64_t n, int64_t wide, Scale s, const float* v, int64_t block,
                           float* z, double* yy, double* fro2) {
   float y[R * kMaxBlock], c[R * kMaxBlock];
@@ -131,10 +133,10 @@ static void rows_many(const T* w, int64_t stride, int64_t n, int64_t wide, Scale
     double* fro = k == 0 ? fro2 : nullptr;
     const float* vk = v + k * wide;
     switch (block - k) {
-      case 1: dots<T, R, 1, kScaled>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
-      case 2: dots<T, R, 2, kScaled>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
-      case 3: dots<T, R, 3, kScaled>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
-      default: dots<T, R, 4, kScaled>(w, stride, n, wide, s.load, vk, block, y + k, fro);
+      case 1: dots<T, R, 1>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
+      case 2: dots<T, R, 2>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
+      case 3: dots<T, R, 3>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
+      default: dots<T, R, 4>(w, stride, n, wide, s.load, vk, block, y + k, fro);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -146,22 +148,22 @@ static void rows_many(const T* w, int64_t stride, int64_t n, int64_t wide, Scale
   for (int64_t k = 0; k < block; k += 4) {
     float* zk = z + k * wide;
     switch (block - k) {
-      case 1: adds<T, R, 1, kScaled>(w, stride, n, wide, s.load, c + k, block, zk); break;
-      case 2: adds<T, R, 2, kScaled>(w, stride, n, wide, s.load, c + k, block, zk); break;
-      case 3: adds<T, R, 3, kScaled>(w, stride, n, wide, s.load, c + k, block, zk); break;
-      default: adds<T, R, 4, kScaled>(w, stride, n, wide, s.load, c + k, block, zk);
+      case 1: adds<T, R, 1>(w, stride, n, wide, s.load, c + k, block, zk); break;
+      case 2: adds<T, R, 2>(w, stride, n, wide, s.load, c + k, block, zk); break;
+      case 3: adds<T, R, 3>(w, stride, n, wide, s.load, c + k, block, zk); break;
+      default: adds<T, R, 4>(w, stride, n, wide, s.load, c + k, block, zk);
     }
   }
 }
 
-template <class T, bool kScaled>
+template <class T>
 static void sweep_many(const T* w, int64_t rows, int64_t stride, int64_t n, int64_t wide, Scale s, const float* v,
                            int64_t block, float* z, double* yy, double* fro2) {
   double fro = 0;
   for (int64_t k = 0; k < block * block; ++k) yy[k] = 0;
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) rows_many<T, 4, kScaled>(w + r * stride, stride, n, wide, s, v, block, z, yy, &fro);
-  for (; r < rows; ++r) rows_many<T, 1, kScaled>(w + r * stride, stride, n, wide, s, v, block, z, yy, &fro);
+  for (; r + 4 <= rows; r += 4) rows_many<T, 4>(w + r * stride, stride, n, wide, s, v, block, z, yy, &fro);
+  for (; r < rows; ++r) rows_many<T, 1>(w + r * stride, stride, n, wide, s, v, block, z, yy, &fro);
   for (int64_t k = 0; k < block * block; ++k) yy[k] *= s.square;
   *fro2 = fro * s.square;
 }
@@ -173,8 +175,7 @@ static void sweep_of(const Matrix& m, int64_t row, int64_t rows, Scale s, const 
   __builtin_memset(z, 0, size_t(block * wide) * sizeof(float));
   if (block == 1 && s.load == 1) sweep_one<T, false>(w, rows, m.stride, m.n, s, v, z, yy, fro2);
   else if (block == 1) sweep_one<T, true>(w, rows, m.stride, m.n, s, v, z, yy, fro2);
-  else if (s.load == 1) sweep_many<T, false>(w, rows, m.stride, m.n, wide, s, v, block, z, yy, fro2);
-  else sweep_many<T, true>(w, rows, m.stride, m.n, wide, s, v, block, z, yy, fro2);
+  else sweep_many(w, rows, m.stride, m.n, wide, s, v, block, z, yy, fro2);
 }
 
 static void sweep(const Matrix& m, int64_t row, int64_t rows, Scale s, const float* v, int64_t block, int64_t wide,
