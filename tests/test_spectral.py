@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fastmon import backend, ops
 from fastmon.backend import OPS, Facts, force
-from fastmon.ops.spectral import HEADER, pad16
+from fastmon.ops.spectral_state import HEADER, pad16
 from fastmon.ops.tridiagonal import jacobi, largest_eigenpair
 from tests import cases
 from tests.compare import assert_close, assert_equal, assert_unwritten, bits

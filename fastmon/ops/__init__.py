@@ -8,10 +8,12 @@ inputs' device and never waits for it.
 """
 
 from fastmon.backend import OPS
+from fastmon.ops.lanczos import lanczos_norm
 from fastmon.ops.moments import Moments, merge_moments, moments
 from fastmon.ops.newton_schulz import Polar, newton_schulz
 from fastmon.ops.pair_moments import PairMoments, pair_moments
-from fastmon.ops.spectral import Spectral, lanczos_norm, spectral_norm, spectral_state
+from fastmon.ops.spectral import Spectral, spectral_norm
+from fastmon.ops.spectral_state import spectral_state
 
 __all__ = [
     "OPS",

@@ -1,4 +1,4 @@
-"""Largest singular value of every matrix in a list: warm power iteration and cold Lanczos, one read of W each.
+"""Largest singular value of every matrix in a list, by warm power iteration that reads W once.
 
 What      sigma_1(W), with |W|_F from the same read and a residual that certifies: some singular value of W lies
           within residual / sqrt(2) of sigma. It is not proof of the maximum; |W|_F and sqrt(|W|_1 |W|_inf) bound
@@ -9,11 +9,8 @@ Method    W^T (W v) is linear in blocks of rows: y = W_blk v, then z += W_blk^T 
 Numerics  fp32 arithmetic on W 2^-e, with the exact exponent e kept in the state, so that 1e-30 and 1e30 work.
           A zero matrix gives 0, NaN or Inf gives NaN, and both leave the state as it was: one bad step poisons
           nothing. sigma is a lower bound of sigma_1 up to rounding.
-State     Flat fp32. Per matrix: 16 floats of header (word 0 holds e), then `block` unit vectors of n floats, each
-          padded with zeros to a multiple of 16, so that every vector starts on a 64-byte line.
-Cost      iters reads of W, 4 m n operations each (block b: 4 b m n). Lanczos: 20 iterations, plus k^2 n to
-          reorthogonalise.
-Source    Golub & Van Loan 4e, sections 8.2 and 10.1; residual bound: Weyl on [[0, W], [W^T, 0]].
+Cost      iters reads of W, 4 m n operations each (block b: 4 b m n).
+Source    Golub & Van Loan 4e, section 8.2; residual bound: Weyl on [[0, W], [W^T, 0]].
 """
 
 from __future__ import annotations
@@ -26,11 +23,16 @@ from torch import Tensor
 
 from fastmon.backend import FLOATS, Impl, Op, Tolerance, Traffic
 from fastmon.ops.inputs import as_matrices, element_bytes
-from fastmon.ops.moments import moments
 from fastmon.ops.scaling import exponent, two_to
-from fastmon.ops.tridiagonal import jacobi, largest_eigenpair
-
-HEADER = 16  # floats: word 0 is the exponent, the rest keeps the vectors on 64-byte lines
+from fastmon.ops.spectral_state import (
+    block_of,
+    check_state,
+    pad16,
+    set_exponents,
+    spectral_state,
+    vectors_of,
+)
+from fastmon.ops.tridiagonal import jacobi
 
 
 class Spectral(NamedTuple):
@@ -64,96 +66,18 @@ def spectral_norm(
     with torch.no_grad():
         if state is None:
             state = spectral_state(matrices)
-        _check_state(matrices, state)
+        check_state(matrices, state)
         return Spectral(*norm_op(matrices, state, iters))
 
 
-def lanczos_norm(ws: Tensor | Sequence[Tensor], *, iters: int = 20, seed: int = 0) -> Spectral:
-    """sigma_1 of each matrix, cold, by `iters` steps of symmetric Lanczos on W^T W with full reorthogonalisation.
-
-    20 iterations stay within 1% on the hardest case measured (Gaussian matrices), and within 1e-5 on power laws.
-    Reads W `iters` + 1 times. Deterministic in `seed`; the global generator is untouched.
-    """
-    matrices = as_matrices(ws, "lanczos_norm")
-    if iters < 2:
-        raise ValueError(f"iters is at least 2, got {iters}")
-    with torch.no_grad():
-        return Spectral(*lanczos_op(matrices, spectral_state(matrices, seed=seed), iters))
+def as_three(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of (3, count) as tensors of their own: outputs of an op may not share memory."""
+    return out[0].clone(), out[1].clone(), out[2].clone()
 
 
-def spectral_state(ws: Tensor | Sequence[Tensor], *, block: int = 1, seed: int = 0) -> Tensor:
-    """A fresh state: `block` orthonormal Gaussian vectors per matrix and the exponent of |W|_F. Flat fp32.
-
-    Each matrix draws from its own generator, seeded alike, so a list equals a loop. block: 1 to 8.
-    """
-    matrices = as_matrices(ws, "spectral_state")
-    if not 1 <= block <= 8:
-        raise ValueError(f"block is 1 to 8, got {block}")
-    with torch.no_grad():
-        state: Tensor = state_op(matrices, block, seed)
-    return state
-
-
-def state_reference(ws: list[Tensor], block: int, seed: int) -> Tensor:
-    """Every matrix's header and start vectors, laid end to end on the matrices' device."""
-    starts = [_start(w.shape[1], block, seed) for w in ws]
-    state = torch.cat(starts).to(ws[0].device) if starts else torch.empty(0)
-    heads = torch.tensor(offsets([w.shape[1] for w in ws], block)[:-1], dtype=torch.int64)
-    state[heads.to(state.device)] = exponent(moments(ws).l2)
-    return state
-
-
-def _start(n: int, block: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.zeros(block, pad16(n))
-    if n:
-        drawn = torch.randn(block, n, generator=generator, dtype=torch.float64)
-        vectors[: min(block, n), :n] = torch.linalg.qr(drawn.T).Q.T.to(torch.float32)
-    return torch.cat([torch.zeros(HEADER), vectors.reshape(-1)])
-
-
-def pad16(n: int) -> int:
-    """n rounded up to a multiple of 16 floats (64 bytes)."""
-    return (n + 15) // 16 * 16
-
-
-def offsets(ns: Sequence[int], block: int) -> list[int]:
-    """Start of every matrix's segment in the state, and the total: len(ns) + 1 integers."""
-    ends = [0]
-    for n in ns:
-        ends.append(ends[-1] + HEADER + block * pad16(n))
-    return ends
-
-
-def block_of(ns: Sequence[int], state: Tensor) -> int:
-    """How many vectors per matrix a state of this size holds; ValueError where it belongs to other matrices."""
-    width = sum(pad16(n) for n in ns)
-    block = (state.numel() - HEADER * len(ns)) // width if width else 1
-    if state.numel() != HEADER * len(ns) + block * width:
-        raise ValueError(
-            f"a state of {state.numel()} floats does not belong to {len(ns)} matrices of these widths"
-        )
-    return block
-
-
-def _check_state(ws: list[Tensor], state: Tensor) -> None:
-    if state.dtype != torch.float32 or state.ndim != 1 or not state.is_contiguous():
-        raise ValueError(
-            f"a state is a flat contiguous float32 tensor, got {state.dtype} {tuple(state.shape)}"
-        )
-    if ws and state.device != ws[0].device:
-        raise ValueError(f"the state is on {state.device}, the matrices are on {ws[0].device}")
-    block_of([w.shape[1] for w in ws], state)
-
-
-def _vectors(state: Tensor, ns: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """(exponent (), vectors (block, n)) of every matrix, as views into the state."""
-    block = block_of(ns, state)
-    views = []
-    for start, n in zip(offsets(ns, block), ns, strict=False):
-        rows = state[start + HEADER : start + HEADER + block * pad16(n)].view(block, pad16(n))
-        views.append((state[start], rows[:, :n]))
-    return views
+def row_major(ws: list[Tensor]) -> list[Tensor]:
+    """Row-major views; a column-major or expanded matrix is copied."""
+    return [w if w.stride(1) == 1 and w.stride(0) >= w.shape[1] else w.contiguous() for w in ws]
 
 
 # -- references ------------------------------------------------------------------------------------------------------
@@ -168,7 +92,7 @@ def gram_matvec_reference(ws: list[Tensor], state: Tensor) -> tuple[Tensor, Tens
     block = block_of(ns, state)
     z, yy, fro2 = _half_outputs(ns, block, state)
     at = 0
-    for i, (w, (e, v)) in enumerate(zip(ws, _vectors(state, ns), strict=True)):
+    for i, (w, (e, v)) in enumerate(zip(ws, vectors_of(state, ns), strict=True)):
         a = w.to(torch.float32) * two_to(-e)
         y = v @ a.mT  # (block, m)
         width = pad16(ns[i])
@@ -192,7 +116,7 @@ def finish_reference(
     s0 = values[:, 0].clamp(min=0).sqrt() if count else yy.new_zeros(0)  # |A v| of the top Ritz vector v
     out = torch.empty(3, count, device=state.device)
     at = 0
-    for i, (e, v) in enumerate(_vectors(state, ns)):
+    for i, (e, v) in enumerate(vectors_of(state, ns)):
         n, width = ns[i], pad16(ns[i])
         rotated = q[i].mT @ z[at : at + block * width].view(block, width)[:, :n]  # rows A^T A V q
         ritz = q[i, :, 0] @ v
@@ -211,73 +135,17 @@ def finish_reference(
         out[2, i] = torch.where(torch.isfinite(fro2[i]), fro2[i].sqrt() * scale, nan)
         v.copy_(torch.where(good, _orthonormal(rotated), v))
         e.copy_(torch.where(good, exponent(out[2, i]), e))
-    return _three(out)
+    return as_three(out)
 
 
 def norm_reference(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
     """`iters` rounds of the two halves, after setting the exponents from |W|_F as it is now."""
     ns = [w.shape[1] for w in ws]
     out = (state.new_zeros(0),) * 3
-    _set_exponents(ws, state)
+    set_exponents(ws, state)
     for _ in range(iters):
         out = finish_reference(*gram_matvec_reference(ws, state), state, ns)
     return out
-
-
-def lanczos_reference(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Symmetric Lanczos on A^T A from the state's vectors; the top Ritz vector goes back into the state."""
-    ns = [w.shape[1] for w in ws]
-    _set_exponents(ws, state)
-    results = [_lanczos_one(w, e, v, iters) for w, (e, v) in zip(ws, _vectors(state, ns), strict=True)]
-    out = torch.stack(results, dim=1) if results else state.new_zeros(3, 0)
-    return _three(out)
-
-
-def _lanczos_one(
-    w: Tensor,  # (m, n)
-    e: Tensor,  # (), view into the state
-    v: Tensor,  # (1, n), view into the state
-    iters: int,
-) -> Tensor:
-    a = w.to(torch.float32) * two_to(-e)
-    m, n = a.shape
-    if n == 0 or m == 0:
-        return a.new_zeros(3)
-    steps = min(iters, n)
-    basis = a.new_zeros(steps + 1, n)
-    basis[0] = v[0]
-    alpha, beta = a.new_zeros(steps), a.new_zeros(steps)
-    for k in range(steps):
-        z = (a @ basis[k]) @ a
-        alpha[k] = z @ basis[k]
-        for _ in range(2):
-            z = z - (basis[: k + 1] @ z) @ basis[: k + 1]
-        beta[k] = z.norm()
-        going = beta[k] > 1e-6 * alpha[: k + 1].max()  # else the Krylov space is exhausted
-        basis[k + 1] = torch.where(going, z / beta[k], torch.zeros_like(z))
-        beta[k] = torch.where(going | ~torch.isfinite(beta[k]), beta[k], torch.zeros_like(beta[k]))
-    value, q = largest_eigenpair(alpha, beta[:-1])
-    ritz = q @ basis[:-1]
-    ritz = ritz / ritz.norm()
-    sigma, fro2 = value.clamp(min=0).sqrt(), a.square().sum()
-    residual = 2**0.5 * beta[-1] * q[-1].abs() / sigma
-    good = torch.isfinite(sigma) & (sigma > 0) & torch.isfinite(ritz).all()
-    v[0].copy_(torch.where(good, ritz, v[0]))
-    none = torch.where(torch.isfinite(fro2), torch.zeros_like(sigma), torch.full_like(sigma, torch.nan))
-    pair = torch.where(good, torch.stack([sigma, residual]), none)
-    return torch.cat([pair, fro2.sqrt()[None]]) * two_to(e)
-
-
-def _set_exponents(ws: list[Tensor], state: Tensor) -> None:
-    l2 = moments(ws).l2
-    for i, (e, _) in enumerate(_vectors(state, [w.shape[1] for w in ws])):
-        known = torch.isfinite(l2[i]) & (l2[i] > 0)
-        e.copy_(torch.where(known, exponent(l2[i]), e))
-
-
-def _three(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of (3, count) as tensors of their own: outputs of an op may not share memory."""
-    return out[0].clone(), out[1].clone(), out[2].clone()
 
 
 def _orthonormal(
@@ -297,31 +165,19 @@ def _orthonormal(
 # -- C++ rows --------------------------------------------------------------------------------------------------------
 
 
-def _rows(ws: list[Tensor]) -> list[Tensor]:
-    """Row-major views; a column-major or expanded matrix is copied."""
-    return [w if w.stride(1) == 1 and w.stride(0) >= w.shape[1] else w.contiguous() for w in ws]
-
-
 def gram_matvec_native(ws: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`fastmon_C::gram_matvec`: every row block of every matrix is one task, W is read once."""
     ns = [w.shape[1] for w in ws]
     z, yy, fro2 = _half_outputs(ns, block_of(ns, state), state)
-    torch.ops.fastmon_C.gram_matvec(_rows(ws), state, z, yy, fro2)
+    torch.ops.fastmon_C.gram_matvec(row_major(ws), state, z, yy, fro2)
     return z, yy, fro2
 
 
 def norm_native(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
     """`fastmon_C::spectral_norm`: both halves, all iterations, in one call."""
     out = torch.empty(3, len(ws))
-    torch.ops.fastmon_C.spectral_norm(_rows(ws), state, out, iters)
-    return _three(out)
-
-
-def lanczos_native(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastmon_C::lanczos`: one sweep over all matrices per iteration."""
-    out = torch.empty(3, len(ws))
-    torch.ops.fastmon_C.lanczos(_rows(ws), state, out, iters)
-    return _three(out)
+    torch.ops.fastmon_C.spectral_norm(row_major(ws), state, out, iters)
+    return as_three(out)
 
 
 # -- registration ----------------------------------------------------------------------------------------------------
@@ -337,7 +193,8 @@ def _fake_half(ws: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return _half_outputs(ns, block_of(ns, state), state)
 
 
-def _fake_norm(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
+def fake_norm(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of sigma, residual and fro: (count,) each."""
     return state.new_empty(len(ws)), state.new_empty(len(ws)), state.new_empty(len(ws))
 
 
@@ -345,11 +202,6 @@ def _fake_finish(
     z: Tensor, yy: Tensor, fro2: Tensor, state: Tensor, ns: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fro2.new_empty(len(ns)), fro2.new_empty(len(ns)), fro2.new_empty(len(ns))
-
-
-def _fake_state(ws: list[Tensor], block: int, seed: int) -> Tensor:
-    total = offsets([w.shape[1] for w in ws], block)[-1]
-    return torch.empty(total, device=ws[0].device if ws else None)
 
 
 def traffic(ws: list[Tensor], state: Tensor, iters: int = 1) -> Traffic:
@@ -364,22 +216,14 @@ def _finish_traffic(z: Tensor, yy: Tensor, fro2: Tensor, state: Tensor, ns: Sequ
 
 
 _WHY = "fp32 mat-vecs of width n: rounding grows as sqrt(n) 6e-8; the iteration corrects the direction itself"
-_TOLERANCE = {dtype: Tolerance(1e-4, 1e-6, _WHY) for dtype in FLOATS}
+TOLERANCE = {dtype: Tolerance(1e-4, 1e-6, _WHY) for dtype in FLOATS}
 
-state_op = Op(
-    "spectral_state(Tensor[] ws, int block, int seed) -> Tensor",
-    reference=state_reference,
-    fake=_fake_state,
-    traffic=lambda ws, block, seed: Traffic(element_bytes(ws), 2 * sum(w.numel() for w in ws)),
-    tolerance=_TOLERANCE,
-    impls=(Impl("eager", state_reference),),
-)
 gram_op = Op(
     "gram_matvec(Tensor[] ws, Tensor state) -> (Tensor z, Tensor yy, Tensor fro2)",
     reference=gram_matvec_reference,
     fake=_fake_half,
     traffic=traffic,
-    tolerance=_TOLERANCE,
+    tolerance=TOLERANCE,
     impls=(
         Impl("cpp", gram_matvec_native, device="cpu", dtypes=FLOATS, needs="extension"),
         Impl("compile", gram_matvec_reference, compiled=True),
@@ -392,15 +236,15 @@ finish_op = Op(
     reference=finish_reference,
     fake=_fake_finish,
     traffic=_finish_traffic,
-    tolerance=_TOLERANCE,
+    tolerance=TOLERANCE,
     impls=(Impl("eager", finish_reference),),
 )
 norm_op = Op(
     "spectral_norm(Tensor[] ws, Tensor(a!) state, int iters) -> (Tensor sigma, Tensor residual, Tensor fro)",
     reference=norm_reference,
-    fake=_fake_norm,
+    fake=fake_norm,
     traffic=traffic,
-    tolerance=_TOLERANCE,
+    tolerance=TOLERANCE,
     impls=(
         Impl(
             "triton", "fastmon.kernels.spectral:spectral_norm", device="cuda", dtypes=FLOATS, needs="triton"
@@ -408,17 +252,5 @@ norm_op = Op(
         Impl("cpp", norm_native, device="cpu", dtypes=FLOATS, needs="extension"),
         Impl("compile", norm_reference, compiled=True),
         Impl("eager", norm_reference),
-    ),
-)
-lanczos_op = Op(
-    "lanczos(Tensor[] ws, Tensor(a!) state, int iters) -> (Tensor sigma, Tensor residual, Tensor fro)",
-    reference=lanczos_reference,
-    fake=_fake_norm,
-    traffic=traffic,
-    tolerance=_TOLERANCE,
-    impls=(
-        Impl("cpp", lanczos_native, device="cpu", dtypes=FLOATS, needs="extension"),
-        Impl("compile", lanczos_reference, compiled=True),
-        Impl("eager", lanczos_reference),
     ),
 )
