@@ -111,13 +111,13 @@ PEERS: tuple[Peer, ...] = (
         ("spectral_norm",),
         frozen_ns5_power.spectral_norms,
         _lists,
-        most=10_000_000,
+        most=2_000_000,
         captures=False,
     ),
     Peer(
-        "matrix_norm(ord=2)", ("spectral_norm", "lanczos"), _svd_norm, _lists, most=10_000_000, captures=False
+        "matrix_norm(ord=2)", ("spectral_norm", "lanczos"), _svd_norm, _lists, most=2_000_000, captures=False
     ),
-    Peer("svd_lowrank", ("spectral_norm", "lanczos"), _svd_lowrank, _lists, most=10_000_000, captures=False),
+    Peer("svd_lowrank", ("spectral_norm", "lanczos"), _svd_lowrank, _lists, most=2_000_000, captures=False),
     Peer("torch.optim.Muon", ("newton_schulz",), _torch_muon, _lists),
 )
 

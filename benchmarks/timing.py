@@ -58,24 +58,30 @@ def interleave(
     max_rounds: int = 500,
     slow_ms: float = 400.0,
     slow_rounds: int = 3,
+    once_ms: float = 2000.0,
 ) -> dict[str, Timing]:
     """Time every variant on the CPU, one call each a round, until `seconds` are spent and `min_rounds` are
     done.
 
-    The order is rotated each round, so that no variant always runs in the wake of the same other
-    one.
+    The order is rotated each round, so that no variant always runs in the wake of the same other one. A
+    variant slower than `slow_ms` takes part in the first `slow_rounds` rounds only, one slower than `once_ms`
+    in none: its single warm-up call is its figure.
     """
     names = list(variants)
-    slow = {name for name in names if _once(variants[name]) > slow_ms}
+    first = {name: _once(variants[name]) for name in names}
+    slow = {name for name in names if first[name] > slow_ms}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for name in [name for name in names if first[name] > once_ms]:
+        samples[name].append(first[name])
+        names.remove(name)
     for name in names:
         if name not in slow:
             variants[name]()
-    samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     for round_ in range(max_rounds):
         if round_ >= min_rounds and time.perf_counter() > end:
             break
-        turn = round_ % len(names)
+        turn = round_ % max(1, len(names))
         for name in names[turn:] + names[:turn]:
             if round_ < slow_rounds or name not in slow:
                 samples[name].append(_once(variants[name]))

@@ -170,6 +170,8 @@ def test_slow_variants_run_few_rounds():
     assert (count["slow"], timed["slow"].n, timed["fast"].n) == (3, 2, 10)
     assert timed["slow"].median >= 20
     assert timing.ratio(timed["slow"], timed["fast"]).n == 2
+    once = timing.interleave({"slow": slow, "fast": fast}, seconds=0, min_rounds=10, once_ms=10)
+    assert (count["slow"], once["slow"].n, once["fast"].n) == (4, 1, 10)
 
 
 def test_ratio_is_paired_so_common_noise_cancels():
