@@ -60,7 +60,7 @@ class Config:
         choices=("muon", "adamw", "sgd"), fixed=True)
     lr: float = optimization(2e-4, "peak learning rate", low=0)
     weight_decay: float = optimization(
-        0.08, "decay of the matrices in a step, as a multiple of the learning rate", low=0)
+        0.08, "decay of the matrices in a step, as a multiple of the learning rate", low=0, fixed=True)
     batch_size: int = optimization(4, "sequences in a micro-batch", low=1)
     grad_accum: int = optimization(4, "micro-batches in a step, over all processes", low=1)
     steps: int = optimization(10000, "optimizer steps in the whole run", low=1)
@@ -89,7 +89,8 @@ class Config:
         bare="")
     eval_only: bool = run(False, "validate once, print the loss, write nothing")
 
-    monitor: str = observation("usual", "preset of the monitor", choices=("off", "cheap", "usual", "full"))
+    monitor: str = observation(
+        "usual", "preset of the monitor; off leaves losses and times", choices=("off", "cheap", "usual", "full"))
     monitor_spectral_every: int | None = observation(
         None, "steps between spectral norms of weights; 0 or -1 is never; not given, the preset's", low=-1)
     monitor_activations: bool | None = observation(None, "activation moments; not given, the preset's")
@@ -113,7 +114,9 @@ class Config:
             raise ConfigError(f"--run-name is a folder's name, without / or first dot, got {self.run_name!r}")
 
     def monitor_every(self) -> dict[str, int]:
-        """Return what the flags change in the schedules of the monitor's preset."""
+        """Return what the flags change in the schedules of the monitor's preset; off leaves losses and times."""
+        if self.monitor == "off":
+            return dict.fromkeys(("Optimization/*", "Gradients/*", "Model/*", "Hardware/*"), 0)
         every: dict[str, int] = {}
         if self.monitor_spectral_every is not None:
             names = ("Model/spectral_*", "Model/stable_rank/<param>")
@@ -122,8 +125,8 @@ class Config:
         if self.monitor_activations is False:
             every["Activations/*"] = 0
         elif interval is not None or (self.monitor_activations and self.monitor == "cheap"):
-            parts = ("mean", "std", "min", "max", "l2_norm", "zero_frac")
-            parts += ("kurtosis",) if self.monitor == "full" else ()
+            parts = ["mean", "std", "min", "max", "l2_norm", "zero_frac"]
+            parts += ["kurtosis"] if self.monitor == "full" else []
             every |= {f"Activations/<module>_{part}": 100 if interval is None else interval for part in parts}
         return every
 

@@ -1,0 +1,309 @@
+"""Train a model on real data and watch it.
+
+    python train.py                                      a small GPT on the embedded corpus, on any machine
+    python train.py --mode gpt2-124m --train-files 'data/train_*.bin' --val-files 'data/val_*.bin' --compile
+    torchrun --nproc-per-node=2 train.py                 the same losses from two processes
+    python train.py --resume                             go on with the newest run
+
+What differs between jobs is a workload (fastmon/workloads); configuration, run folder, checkpoints and ranks have
+rooms of their own. Here are the tables of roles and schedules, and the loop. Exit codes: 0 done; 2 a wish that
+cannot be met, said in one sentence; 128 + n stopped by signal n, ready to resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+
+import fastmon.ops  # noqa: F401  registers the contracts that the start-up lines list
+from fastmon import backend, checkpoint, config, device, precision, runs, workloads
+from fastmon.config import Config
+from fastmon.distributed import Agreement, Ranks, Refused, accumulating, gather, process_group, together, wrap
+from fastmon.flags import ConfigError
+from fastmon.monitor import Monitor
+from fastmon.optim import Muon
+from fastmon.report.summary import write_summary
+from fastmon.sinks import Console, Jsonl, Sink
+
+Parameters = Iterable[nn.Parameter]
+Optimizer = torch.optim.Optimizer
+Rule = Callable[[Parameters, Config], Optimizer]
+
+
+def muon(parameters: Parameters, cfg: Config) -> Optimizer:
+    """Muon with steps of AdamW's size, so that one learning rate serves both (arXiv 2502.16982, section 2.2)."""
+    return Muon(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+def adamw(parameters: Parameters, cfg: Config) -> Optimizer:
+    """AdamW; vectors do not decay."""
+    return torch.optim.AdamW(decayed(parameters, cfg), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+
+
+def sgd(parameters: Parameters, cfg: Config) -> Optimizer:
+    """SGD with Nesterov momentum; vectors do not decay."""
+    return torch.optim.SGD(decayed(parameters, cfg), lr=cfg.lr, momentum=0.9, nesterov=True)
+
+
+def decayed(parameters: Parameters, cfg: Config) -> list[dict[str, Any]]:
+    """Split into tensors of two and more dimensions, with weight decay, and vectors, without."""
+    groups: dict[float, list[nn.Parameter]] = {cfg.weight_decay: [], 0.0: []}
+    for parameter in parameters:
+        groups[cfg.weight_decay if parameter.ndim >= 2 else 0.0].append(parameter)
+    return [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
+
+
+OPTIMIZERS: dict[str, dict[str, Rule]] = {  # --optimizer -> the rule for each role of a parameter
+    "muon": {"matrix": muon, "other": adamw},
+    "adamw": {"matrix": adamw, "other": adamw},
+    "sgd": {"matrix": sgd, "other": sgd},
+}
+
+SHAPES: dict[str, Callable[[float, float], float]] = {  # --schedule -> factor at t in [0, 1], ending at `low`
+    "constant": lambda t, low: 1.0,
+    "linear": lambda t, low: 1 - (1 - low) * t,
+    "cosine": lambda t, low: low + (1 - low) * (1 + math.cos(math.pi * t)) / 2,
+    "wsd": lambda t, low: 1 - (1 - low) * max(0.0, 5 * t - 4),  # the last fifth decays
+    "inverse-sqrt": lambda t, low: (1 + t * (low**-2 - 1)) ** -0.5 if low else (1 + 99 * t) ** -0.5,
+}
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Return the learning rate of `step`, counted from 1: linear warm-up, then the schedule's shape."""
+    if step <= cfg.warmup:
+        return cfg.lr * step / cfg.warmup
+    t = (step - cfg.warmup) / (cfg.steps - cfg.warmup)
+    return cfg.lr * SHAPES[cfg.schedule](t, cfg.min_lr_ratio)
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something with this interval happens at `step`; 0 is never."""
+    return interval > 0 and step % interval == 0
+
+
+@dataclass
+class Job:
+    """One run, ready to go on after `step`."""
+
+    cfg: Config
+    ranks: Ranks
+    precision: str
+    workload: workloads.Workload
+    bare: nn.Module  # the model without wrappers: what is observed and saved
+    optimizers: list[Optimizer]
+    scaler: torch.amp.GradScaler
+    folder: Path
+    step: int = 0
+    samples: int = 0  # sequences that all ranks together have read: the position in the data
+    observed: dict[str, Any] = field(default_factory=dict)  # the monitor's state, once restored
+
+    def loss(self, batch: workloads.Batch) -> Tensor:
+        """Return a micro-batch's mean loss on the device, 0-d."""
+        with precision.autocast(self.precision, self.ranks.device):
+            return self.workload.loss(self.workload.to_device(batch))
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the validation losses."""
+        with precision.autocast(self.precision, self.ranks.device):
+            return self.workload.evaluate(max_batches=self.cfg.val_batches)
+
+    def save(self, mon: Monitor, losses: dict[str, float], *, prefix: str) -> None:
+        """Write a checkpoint from rank 0, with the random state of every rank, and let older ones go."""
+        generators = gather(checkpoint.random_state())
+        if not self.ranks.first:
+            return
+        state = {
+            "model": self.bare.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "progress": {"step": self.step, "samples": self.samples},
+            "random": generators,
+            "monitor": mon.state_dict(),
+        }
+        checkpoint.save(self.folder / "checkpoints", self.step, state, prefix=prefix, facts=losses)
+        checkpoint.rotate(self.folder / "checkpoints", keep=self.cfg.keep_checkpoints, best="Loss/val_loss")
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `save` wrote; a rank that did not exist then keeps its fresh random state."""
+        self.bare.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.samples = state["progress"]["step"], state["progress"]["samples"]
+        self.observed = state["monitor"]
+        if self.samples % (size := self.cfg.batch_size):
+            raise ValueError(f"--batch-size {size} does not divide the {self.samples} samples read so far")
+        if self.ranks.rank < len(state["random"]):
+            checkpoint.restore_random_state(state["random"][self.ranks.rank])
+
+
+def set_up(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Job:
+    """Make what a run needs, writing nothing; ValueError or OSError, one sentence, where that fails."""
+    folder = Path(cfg.run_dir) / (cfg.run_name or runs.default_name(datetime.datetime.now(), width=cfg.width))
+    if not cfg.eval_only and not (cfg.resume is not None and folder.is_dir()):
+        runs.check_free(folder)
+    if cfg.grad_accum % ranks.world_size:
+        raise ValueError(f"--grad-accum {cfg.grad_accum} does not split over {ranks.world_size} processes")
+    number_format = precision.pick(cfg.precision, ranks.device)
+    checkpoint.seed_generators(cfg.seed + ranks.rank)
+    build = workloads.load(cfg.workload).build
+    workload = build(cfg.to_dict(), ranks.device, rank=ranks.rank, world_size=ranks.world_size)
+    rules: dict[Rule, list[nn.Parameter]] = {}
+    for role, parameters in workload.optimizer_groups().items():
+        rules.setdefault(OPTIMIZERS[cfg.optimizer][role], []).extend(parameters)
+    optimizers = [rule(parameters, cfg) for rule, parameters in rules.items() if parameters]
+    scaler = precision.scaler(number_format, ranks.device)
+    job = Job(cfg, ranks, number_format, workload, workload.model, optimizers, scaler, folder)
+    if cfg.resume is not None:
+        if Path(cfg.resume).parent.name == "checkpoints":
+            job.restore(checkpoint.load(Path(cfg.resume), device=ranks.device))
+        elif found := checkpoint.newest(folder / "checkpoints", device=ranks.device, say=say):
+            job.restore(found[2])
+        say(f"resumed after step {job.step}" if job.step else f"{folder} has no complete checkpoint: step 0")
+    if cfg.compile:
+        job.bare.compile()
+    workload.model = wrap(job.bare, ranks)
+    return job
+
+
+def introduce(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
+    """Say what runs where, and return it for the run's record."""
+    cfg, here, tokens = job.cfg, job.ranks.device, job.workload.tokens_per_micro_batch * job.cfg.grad_accum
+    facts = backend.Facts(here.type, frozenset({torch.float32}), device.sm(here), prepared=True)
+    record = runs.provenance() | {
+        "device": f"{device.name(here)} ({here}), {job.ranks.world_size} process(es)",
+        "precision": job.precision,
+        "workload": job.workload.describe(),
+        "ops": {name: backend.choose(op, facts).name for name, op in sorted(backend.OPS.items())},
+        "effective_batch": f"{cfg.batch_size} sequences x {cfg.grad_accum} micro-batches = {tokens} tokens a step",
+        "config": cfg.to_dict(),
+    }
+    say(f"run: {job.folder}")
+    for title in ("device", "precision", "workload", "ops", "effective_batch", "config"):
+        said = record[title]
+        if isinstance(said, dict):
+            said = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
+        say(f"{title.replace('_', ' ')}: {said}")
+    return record
+
+
+def train(job: Job, mon: Monitor, interruption: runs.Interruption) -> None:
+    """Run the loop from the job's step to the last one, or to the step in which a signal came."""
+    cfg, workload, optimizers, scaler = job.cfg, job.workload, job.optimizers, job.scaler
+    micro_batches = cfg.grad_accum // job.ranks.world_size
+    batches = workload.batches(start=job.samples // cfg.batch_size)
+    agreement = Agreement()
+    for step in range(job.step + 1, cfg.steps + 1):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = learning_rate(step, cfg)
+        loss, data_ms = torch.zeros((), device=job.ranks.device), 0.0
+        for left in reversed(range(micro_batches)):
+            asked = time.perf_counter()
+            batch = next(batches)
+            data_ms += 1e3 * (time.perf_counter() - asked)
+            with accumulating(workload.model, last=left == 0):
+                share = job.loss(batch) / micro_batches
+                scaler.scale(share).backward()
+            loss += share.detach()
+            if left:
+                mon.micro_step()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        if cfg.grad_clip > 0:
+            mon.clip_grad_norm_(cfg.grad_clip)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        job.step, job.samples = step, job.samples + cfg.batch_size * cfg.grad_accum
+
+        stop, final = agreement.any(interruption.came), step == cfg.steps
+        saving = stop or final or due(step, cfg.save_interval)
+        losses: dict[str, float] = {}
+        if saving or due(step, cfg.val_interval):
+            with mon.pause("eval"):
+                losses = job.evaluate()
+        mon.step(step, {"Loss/train_loss": loss, "Time/data_ms": data_ms, **losses})
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if saving:
+            with mon.pause("checkpoint"):
+                job.save(mon, losses, prefix="final_" if final else "")
+        if stop:
+            break
+
+
+def run(cfg: Config, ranks: Ranks) -> int:
+    """Set up, train, report; return the exit code."""
+    early: list[str] = []  # what is said before there is a console log
+    job = together(lambda: set_up(cfg, ranks, early.append))
+    if cfg.eval_only:
+        losses = " ".join(f"{name.removeprefix('Loss/')}:{loss:.4f}" for name, loss in job.evaluate().items())
+        if ranks.first:
+            print(*early, f"step:{job.step}/{cfg.steps} {losses}", sep="\n")
+        return 0
+    folder = job.folder
+    early += together(lambda: runs.claim(folder, cfg.to_dict(), step=job.step) if ranks.first else [])
+    with contextlib.ExitStack() as stack:
+        log = [stack.enter_context((folder / "console.log").open("a"))] if ranks.first else []
+        streams: list[TextIO] = [sys.stdout, *log] if ranks.first else []
+
+        def say(text: str) -> None:
+            for stream in streams:
+                print(text, file=stream, flush=True)
+
+        record = introduce(job, say)
+        for line in early:
+            say(line)
+        shown = {"log_interval": cfg.log_interval, "total_steps": cfg.steps}
+        sinks: list[Sink] = [Console(**shown, stream=stream) for stream in streams]
+        sinks += [Jsonl(folder, header=record, append=True)] if ranks.first else []
+        interruption = stack.enter_context(runs.Interruption())
+        with Monitor(
+            job.bare,
+            job.optimizers,
+            preset="cheap" if cfg.monitor == "off" else cfg.monitor,
+            sinks=sinks,
+            every=cfg.monitor_every(),
+            scaler=job.scaler if job.scaler.is_enabled() else None,
+            samples_per_step=cfg.batch_size * cfg.grad_accum,
+            tokens_per_step=job.workload.tokens_per_micro_batch * cfg.grad_accum,
+            flops_per_token=job.workload.flops_per_token,
+            total_steps=cfg.steps,
+            compute_dtype=precision.DTYPES[job.precision],
+        ) as mon:
+            if job.observed:
+                mon.load_state_dict(job.observed)
+            train(job, mon, interruption)
+        if interruption.signal is not None:
+            say(f"{interruption.signal.name} after step {job.step}: go on with train.py --resume {folder}")
+            return 128 + interruption.signal
+        if ranks.first:
+            say(f"summary: {write_summary(folder)}")
+    return 0
+
+
+def main() -> int:
+    """Read the command line and run; say in one sentence what cannot be done."""
+    with contextlib.ExitStack() as stack:
+        try:
+            cfg = config.parse()
+            return run(cfg, together(lambda: stack.enter_context(process_group(cfg.device))))
+        except (ConfigError, Refused) as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"train.py: {error}", file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
