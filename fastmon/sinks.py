@@ -35,6 +35,7 @@ class Row:
     values: dict[str, float] = field(default_factory=dict)  # metrics.jsonl
     params: dict[str, float] = field(default_factory=dict)  # params.jsonl: names that end in a parameter
     events: list[dict[str, Any]] = field(default_factory=list)  # what happened: {"event": ..., ...}
+    shared: dict[str, Any] = field(default_factory=dict)  # what one observer leaves for the next; not written
 
     def event(self, kind: str, **facts: str | float) -> None:
         """Note something that happened at this step; it becomes a line of its own in the run log."""

@@ -56,11 +56,14 @@ class Scene:
         None  # the gradients before clipping (monitors.gradients.Reading), where the loop asked for it
     )
     coefficient: Tensor | None = None  # () fp32, what the monitor clipped by
+    normed: tuple[
+        int, ...
+    ] = ()  # pieces whose norm after the step is on the tape already (row.shared["fro"])
     stepped: set[int] = field(default_factory=set)  # optimizers that have stepped
 
     def forget(self, step: int) -> None:
         """Begin a step: nothing has happened in it yet."""
-        self.step, self.read, self.coefficient = step, None, None
+        self.step, self.read, self.coefficient, self.normed = step, None, None, ()
         self.stepped.clear()
 
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from fastmon import ops
 from fastmon.monitors import Base, Scene
-from fastmon.ops.spectral import HEADER, lanczos_op, norm_op, pad16
+from fastmon.ops.lanczos import lanczos_op
+from fastmon.ops.spectral import norm_op
+from fastmon.ops.spectral_state import HEADER, pad16
 from fastmon.plan import owners_of, split_param
 from fastmon.readback import Numbers, floats
 from fastmon.sinks import Row
@@ -49,7 +51,7 @@ class SpectralNorms(Base):
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
-        self._slots = scene.plan.logged("matrix")
+        self._slots = tuple(scene.plan.logged("matrix"))
         names = [scene.plan.pieces[i].name for i in self._slots]
         self._names = names
         self._keys = {stem: [f"{stem}/{name}" for name in names] for stem in (NORM, RESIDUAL, STABLE)}
@@ -71,7 +73,7 @@ class SpectralNorms(Base):
             return (), None
         step, matrices = self.scene.step, self._weights()
         gap = 1 if self._last_step is None else max(1, step - self._last_step)
-        self._last_step = step
+        self._last_step, self.scene.normed = step, self._slots
         with torch.no_grad():
             iterate = self._iterate if gap == 1 else norm_op
             warm = iterate(matrices, self._state, min(gap, CATCH_UP))
@@ -95,6 +97,7 @@ class SpectralNorms(Base):
         due, restarted = note
         n = len(self._slots)
         sigma, residual, fro = (numbers[k * n : (k + 1) * n].astype(np.float64) for k in range(3))
+        row.shared["fro"] = fro
         for stem, values in ((NORM, sigma), (RESIDUAL, residual)):
             if f"{stem}/<param>" in due:
                 row.params.update(zip(self._keys[stem], floats(values), strict=True))
