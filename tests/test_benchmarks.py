@@ -109,6 +109,14 @@ def test_a_state_is_not_shared_between_rows():
     assert torch.equal(one.args[1], before)
 
 
+def test_a_cold_op_starts_cold_at_every_call():
+    one = cases.inputs(cases.Case("lanczos", "tiny", torch.float32), CPU)
+    found, _ = cases.rows(OPS["lanczos"], cases.Case("lanczos", "tiny", torch.float32), [one])
+    for variant in found:
+        variant.function(*variant.args[0])
+        assert torch.equal(variant.args[0][1], one.args[1])
+
+
 def test_peers_compute_what_they_stand_for():
     case = cases.Case("pair_moments", "odd", torch.float32)
     one = cases.inputs(case, CPU)
