@@ -6,19 +6,18 @@
     python train.py --resume                             go on with the newest run
 
 What differs between jobs is a workload (fastmon/workloads); configuration, run folder, checkpoints and ranks have
-rooms of their own. Here are the tables of roles and schedules, and the loop. Exit codes: 0 done; 2 a wish that
-cannot be met, said in one sentence; 128 + n stopped by signal n, ready to resume.
+rooms of their own. Here are the table of roles and the loop. Exit codes: 0 done; 2 a wish that cannot be met,
+said in one sentence; 128 + n stopped by signal n, ready to resume.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,35 +32,41 @@ from fastmon.distributed import Agreement, Ranks, Refused, accumulating, gather,
 from fastmon.flags import ConfigError
 from fastmon.monitor import Monitor
 from fastmon.optim import Muon
+from fastmon.plan import split_param
 from fastmon.report.summary import write_summary
+from fastmon.schedules import factor
 from fastmon.sinks import Console, Jsonl, Sink
 
-Parameters = Iterable[nn.Parameter]
 Optimizer = torch.optim.Optimizer
-Rule = Callable[[Parameters, Config], Optimizer]
+Roles = dict[str, dict[str, nn.Parameter]]  # "matrix" (hidden weights) or "other" -> the parameters by name
+Rule = Callable[[Roles, Config], Optimizer]
 
 
-def muon(parameters: Parameters, cfg: Config) -> Optimizer:
+def muon(roles: Roles, cfg: Config) -> Optimizer:
     """Muon with steps of AdamW's size, so that one learning rate serves both (arXiv 2502.16982, section 2.2)."""
-    return Muon(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    pieces: dict[int, list[nn.Parameter]] = {}  # a fused q, k, v is three matrices
+    for name, parameter in roles["matrix"].items():
+        pieces.setdefault(len(split_param(name, parameter)) if parameter.ndim == 2 else 1, []).append(
+            parameter
+        )
+    groups = [{"params": parameters, "split": count} for count, parameters in pieces.items()]
+    return Muon(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
-def adamw(parameters: Parameters, cfg: Config) -> Optimizer:
-    """AdamW; vectors do not decay."""
-    return torch.optim.AdamW(decayed(parameters, cfg), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+def adamw(roles: Roles, cfg: Config) -> Optimizer:
+    """AdamW; its decay is the matrices' alone."""
+    return torch.optim.AdamW(decayed(roles, cfg), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-def sgd(parameters: Parameters, cfg: Config) -> Optimizer:
-    """SGD with Nesterov momentum; vectors do not decay."""
-    return torch.optim.SGD(decayed(parameters, cfg), lr=cfg.lr, momentum=0.9, nesterov=True)
+def sgd(roles: Roles, cfg: Config) -> Optimizer:
+    """SGD with Nesterov momentum; its decay is the matrices' alone."""
+    return torch.optim.SGD(decayed(roles, cfg), lr=cfg.lr, momentum=0.9, nesterov=True)
 
 
-def decayed(parameters: Parameters, cfg: Config) -> list[dict[str, Any]]:
-    """Split into tensors of two and more dimensions, with weight decay, and vectors, without."""
-    groups: dict[float, list[nn.Parameter]] = {cfg.weight_decay: [], 0.0: []}
-    for parameter in parameters:
-        groups[cfg.weight_decay if parameter.ndim >= 2 else 0.0].append(parameter)
-    return [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
+def decayed(roles: Roles, cfg: Config) -> list[dict[str, Any]]:
+    """Return parameter groups, with weight decay for matrices."""
+    decay = {"matrix": cfg.weight_decay, "other": 0.0}
+    return [{"params": list(named.values()), "weight_decay": decay[role]} for role, named in roles.items()]
 
 
 OPTIMIZERS: dict[str, dict[str, Rule]] = {  # --optimizer -> the rule for each role of a parameter
@@ -69,22 +74,6 @@ OPTIMIZERS: dict[str, dict[str, Rule]] = {  # --optimizer -> the rule for each r
     "adamw": {"matrix": adamw, "other": adamw},
     "sgd": {"matrix": sgd, "other": sgd},
 }
-
-SHAPES: dict[str, Callable[[float, float], float]] = {  # --schedule -> factor at t in [0, 1], ending at `low`
-    "constant": lambda t, low: 1.0,
-    "linear": lambda t, low: 1 - (1 - low) * t,
-    "cosine": lambda t, low: low + (1 - low) * (1 + math.cos(math.pi * t)) / 2,
-    "wsd": lambda t, low: 1 - (1 - low) * max(0.0, 5 * t - 4),  # the last fifth decays
-    "inverse-sqrt": lambda t, low: (1 + t * (low**-2 - 1)) ** -0.5 if low else (1 + 99 * t) ** -0.5,
-}
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Return the learning rate of `step`, counted from 1: linear warm-up, then the schedule's shape."""
-    if step <= cfg.warmup:
-        return cfg.lr * step / cfg.warmup
-    t = (step - cfg.warmup) / (cfg.steps - cfg.warmup)
-    return cfg.lr * SHAPES[cfg.schedule](t, cfg.min_lr_ratio)
 
 
 def due(step: int, interval: int) -> bool:
@@ -159,10 +148,12 @@ def set_up(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Job:
     checkpoint.seed_generators(cfg.seed + ranks.rank)
     build = workloads.load(cfg.workload).build
     workload = build(cfg.to_dict(), ranks.device, rank=ranks.rank, world_size=ranks.world_size)
-    rules: dict[Rule, list[nn.Parameter]] = {}
+    names = {parameter: name for name, parameter in workload.model.named_parameters()}
+    rules: dict[Rule, Roles] = {}
     for role, parameters in workload.optimizer_groups().items():
-        rules.setdefault(OPTIMIZERS[cfg.optimizer][role], []).extend(parameters)
-    optimizers = [rule(parameters, cfg) for rule, parameters in rules.items() if parameters]
+        if parameters:
+            rules.setdefault(OPTIMIZERS[cfg.optimizer][role], {})[role] = {names[p]: p for p in parameters}
+    optimizers = [rule(roles, cfg) for rule, roles in rules.items()]
     scaler = precision.scaler(number_format, ranks.device)
     job = Job(cfg, ranks, number_format, workload, workload.model, optimizers, scaler, folder)
     if cfg.resume is not None:
@@ -170,7 +161,7 @@ def set_up(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Job:
             job.restore(checkpoint.load(Path(cfg.resume), device=ranks.device))
         elif found := checkpoint.newest(folder / "checkpoints", device=ranks.device, say=say):
             job.restore(found[2])
-        say(f"resumed after step {job.step}" if job.step else f"{folder} has no complete checkpoint: step 0")
+        say(f"going on after step {job.step} of {cfg.steps}{'' if job.step else ': no complete checkpoint'}")
     if cfg.compile:
         job.bare.compile()
     workload.model = wrap(job.bare, ranks)
@@ -205,8 +196,9 @@ def train(job: Job, mon: Monitor, interruption: runs.Interruption) -> None:
     batches = workload.batches(start=job.samples // cfg.batch_size)
     agreement = Agreement()
     for step in range(job.step + 1, cfg.steps + 1):
+        lr = cfg.lr * factor(cfg.schedule, step, steps=cfg.steps, warmup=cfg.warmup, low=cfg.min_lr_ratio)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = lr
         loss, data_ms = torch.zeros((), device=job.ranks.device), 0.0
         for left in reversed(range(micro_batches)):
             asked = time.perf_counter()
@@ -263,8 +255,8 @@ def run(cfg: Config, ranks: Ranks) -> int:
                 print(text, file=stream, flush=True)
 
         record = introduce(job, say)
-        for line in early:
-            say(line)
+        if early:
+            say("\n".join(early))
         shown = {"log_interval": cfg.log_interval, "total_steps": cfg.steps}
         sinks: list[Sink] = [Console(**shown, stream=stream) for stream in streams]
         sinks += [Jsonl(folder, header=record, append=True)] if ranks.first else []

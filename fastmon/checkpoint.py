@@ -182,6 +182,13 @@ def rotate(folder: Path, *, keep: int, best: str | None = None) -> list[Path]:
     return gone
 
 
+def seed_generators(seed: int) -> None:
+    """Seed every generator that `random_state` knows."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """Return the state of every generator a step may draw from: Python, numpy, torch, each CUDA device."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

@@ -18,13 +18,12 @@ from typing import Any
 
 from fastmon import flags
 from fastmon.flags import ConfigError, dashed, flag
+from fastmon.schedules import SHAPES
 
 model = functools.partial(flag, group="Model and data")
 optimization = functools.partial(flag, group="Optimization")
 run = functools.partial(flag, group="Run")
 observation = functools.partial(flag, group="Observation")
-
-SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")
 
 
 def _workloads() -> Sequence[str]:
@@ -64,7 +63,7 @@ class Config:
     batch_size: int = optimization(4, "sequences in a micro-batch", low=1)
     grad_accum: int = optimization(4, "micro-batches in a step, over all processes", low=1)
     steps: int = optimization(10000, "optimizer steps in the whole run", low=1)
-    schedule: str = optimization("cosine", "shape of the learning rate after the warm-up", choices=SCHEDULES)
+    schedule: str = optimization("cosine", "shape of the learning rate after the warm-up", choices=tuple(SHAPES))
     warmup: int = optimization(200, "steps of linear warm-up", low=0)
     min_lr_ratio: float = optimization(0.1, "final learning rate as a fraction of the peak", low=0, high=1)
     grad_clip: float = optimization(
@@ -131,8 +130,8 @@ class Config:
         return every
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dict, fit for JSON and for `--config`."""
-        return dataclasses.asdict(self)
+        """Return the fields as a plain dict, fit for JSON and `--config`; resuming is a wish of the moment."""
+        return dataclasses.asdict(self) | {"resume": None}
 # fmt: on
 
 

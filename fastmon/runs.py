@@ -16,7 +16,7 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -62,16 +62,21 @@ def create(folder: Path, config: Mapping[str, Any]) -> None:
         raise
 
 
-def claim(folder: Path, config: Mapping[str, Any], *, step: int, say: Callable[[str], None]) -> None:
-    """Take the folder of a run that goes on after `step`: make it when new, else rewind it; say what was done."""
-    if not folder.is_dir():
-        create(folder, config)
-        return
-    for path in checkpoint.sweep(folder / "checkpoints"):
-        say(f"removed {path.name}, left by a killed save")
-    for line in rewind(folder, step=step):
-        say(line)
-    write_config(folder, config)
+def claim(folder: Path, config: Mapping[str, Any], *, step: int) -> list[str]:
+    """Take the folder of a run that goes on after `step`: make it when new, else rewind it; return what was done.
+
+    Raises ValueError, in one sentence, where the disk refuses; a new folder is then not there.
+    """
+    try:
+        if not folder.is_dir():
+            create(folder, config)
+            return []
+        swept = checkpoint.sweep(folder / "checkpoints")
+        said = [f"removed {path.name}, left by a killed save" for path in swept] + rewind(folder, step=step)
+        write_config(folder, config)
+    except OSError as error:
+        raise ValueError(f"the run folder {folder} cannot be written: {error.strerror}") from error
+    return said
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

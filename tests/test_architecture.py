@@ -20,7 +20,7 @@ CODE = [
 
 # Each room may import from the layers before its own, and from its own layer.
 LAYER = {
-    "kernels": 0, "device": 0, "metrics": 0, "findings": 0,
+    "kernels": 0, "device": 0, "metrics": 0, "schedules": 0, "findings": 0,
     "backend": 1,
     "ops": 2,
     "plan": 3, "distributed": 3, "precision": 3,
