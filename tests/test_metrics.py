@@ -29,8 +29,10 @@ def test_presets_nest_and_off_is_empty():
     plans = [set(plan_schedules(preset)) for preset in PRESETS]
     assert plans[0] == set()
     assert plans[0] < plans[1] < plans[2] < plans[3] == set(METRICS)
-    assert "Optimization/grad_norm" in plans[1] and "Model/spectral_norm/<param>" not in plans[1]
-    assert "Model/spectral_norm/<param>" in plans[2] and "Activations/<module>_kurtosis" not in plans[2]
+    assert "Optimization/grad_norm" in plans[1]
+    assert "Model/spectral_norm/<param>" not in plans[1]
+    assert "Model/spectral_norm/<param>" in plans[2]
+    assert "Activations/<module>_kurtosis" not in plans[2]
     assert all(schedule == Schedule(1) for schedule in plan_schedules("full").values())
 
 
@@ -104,7 +106,9 @@ def test_every_changes_adds_removes_and_the_last_key_wins():
 def test_wrong_presets_and_keys_say_what_was_wanted():
     with pytest.raises(ValueError, match=r"off, cheap, usual, full, got 'medium'"):
         plan_schedules("medium")
-    with pytest.raises(ValueError, match=r"'Model/spectral_norm_maxx' matches no metric; nearest: Model/spectral_norm_max"):
+    with pytest.raises(
+        ValueError, match=r"'Model/spectral_norm_maxx' matches no metric; nearest: Model/spectral_norm_max"
+    ):
         plan_schedules("usual", {"Model/spectral_norm_maxx": 5})
 
 

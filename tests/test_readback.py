@@ -46,9 +46,11 @@ def test_numbers_and_notes_come_back_in_order():
     for i in range(3):
         ring.push([torch.tensor([float(i)]), torch.arange(i, dtype=torch.float32)], f"row {i}")
         (numbers, note), *rest = list(ring.arrived())
-        assert rest == [] and note == f"row {i}"
+        assert rest == []
+        assert note == f"row {i}"
         assert floats(numbers) == [float(i), *map(float, range(i))]
-    assert list(ring.arrived()) == [] and ring.waited_ms == 0
+    assert list(ring.arrived()) == []
+    assert ring.waited_ms == 0
 
 
 def test_counts_travel_bit_by_bit():
@@ -68,7 +70,8 @@ def test_a_row_is_handed_out_when_its_event_has_completed():
     assert list(ring.arrived()) == [], "the second row must not overtake the first"
     ring.events[0].done = True
     assert [note for _, note in ring.arrived()] == [1, 2]
-    assert [event.waited for event in ring.events] == [0, 0] and ring.waited_ms == 0
+    assert [event.waited for event in ring.events] == [0, 0]
+    assert ring.waited_ms == 0
 
 
 def test_it_waits_only_when_the_ring_is_full_and_counts_it():
@@ -81,7 +84,8 @@ def test_it_waits_only_when_the_ring_is_full_and_counts_it():
         ring.push([torch.zeros(1)], 9)
     numbers, note = ring.next_row()
     assert (floats(numbers), note) == ([0.0, 0.0], 0)
-    assert ring.events[0].waited == 1 and ring.waited_ms > 0
+    assert ring.events[0].waited == 1
+    assert ring.waited_ms > 0
     ring.push([torch.zeros(1)], 4)
     assert len(ring.events) == SLOTS, "slots are used again"
     assert [note for _, note in ring.drain()] == [1, 2, 3, 4]
@@ -92,7 +96,8 @@ def test_slots_grow_with_the_row_and_empty_rows_pass():
     for size in (0, 3, 1000, 5, 5000):
         ring.push([torch.arange(size, dtype=torch.float32)], size)
         ((numbers, note),) = ring.arrived()
-        assert note == size and numbers.sum() == size * (size - 1) / 2
+        assert note == size
+        assert numbers.sum() == size * (size - 1) / 2
     assert ring.memory_bytes() >= 4 * 5000
 
 
@@ -107,7 +112,8 @@ def test_only_the_head_is_reduced_and_once():
     ring.push([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], None, head=2)
     ((numbers, _),) = ring.arrived()
     assert floats(numbers) == [2.0, 4.0, 3.0]
-    assert len(seen) == 1 and seen[0].tolist() == [1.0, 2.0]
+    assert len(seen) == 1
+    assert seen[0].tolist() == [1.0, 2.0]
 
 
 def test_global_norm_is_wide():
