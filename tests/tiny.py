@@ -1,8 +1,12 @@
 """A small model with dropout, tied embeddings and a fused qkv, its batches, and a sink that keeps rows."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import fastmon
 
 
 class Block(nn.Module):
@@ -58,3 +62,12 @@ class Rows:
 
     def __getitem__(self, index):
         return {**self.rows[index].values, **self.rows[index].params}
+
+
+def watch(model, optimizer=None, **options):
+    sink = Rows()
+    return fastmon.Monitor(model, optimizer, sinks=[sink], **options), sink
+
+
+def norm(tensors):
+    return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
