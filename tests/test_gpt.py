@@ -119,7 +119,10 @@ def test_evaluation_is_the_mean_over_fixed_windows(shards):
         logits = workload.model(rows[:, :-1])
         wanted = F.cross_entropy(logits.reshape(-1, 8192), rows[:, 1:].reshape(-1)).item()
     workload.model.train()
+    modes = []
+    workload.model.register_forward_hook(lambda model, *_: modes.append(model.training))
     first = workload.evaluate(max_batches=2)
+    assert modes == [False, False]
     assert set(first) == {"Loss/val_loss"}
     assert first["Loss/val_loss"] == pytest.approx(wanted, rel=1e-6)
     assert workload.evaluate(max_batches=2) == first
