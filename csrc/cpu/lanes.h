@@ -14,7 +14,11 @@ typedef uint32_t vu_mem __attribute__((vector_size(VW * 4), aligned(2), may_alia
 typedef double vd __attribute__((vector_size(64)));
 typedef float vf8 __attribute__((vector_size(32), aligned(4), may_alias));
 
-FASTMON_FN vf splat(float x) { return vf{} + x; }
+FASTMON_FN vf splat(float x) {
+  vf v;
+  for (int i = 0; i < VW; ++i) v[i] = x;
+  return v;
+}
 FASTMON_FN vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
 FASTMON_FN void store(float* p, vf x) { *reinterpret_cast<vf_mem*>(p) = x; }
 FASTMON_FN vd widen(const float* p) { return __builtin_convertvector(*reinterpret_cast<const vf8*>(p), vd); }
