@@ -138,14 +138,15 @@ class Config:
 FIELDS = flags.fields_of(Config)
 
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "nano": {
-        "seq_len": 128,
+    "nano": {  # 4,096 tokens a step: 300 steps take two minutes on two cores of a CPU
+        "seq_len": 256,
+        "lr": 0.02,
+        "batch_size": 8,
         "grad_accum": 2,
         "steps": 300,
-        "lr": 6e-3,
         "warmup": 20,
-        "val_interval": 50,
         "save_interval": 100,
+        "val_interval": 50,
     }
 }
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import torch
 
-from fastmon import checkpoint
+from fastmon import __version__, checkpoint
 from fastmon.checkpoint import flush
 
 LOGS = ("metrics.jsonl", "params.jsonl")
@@ -89,8 +89,8 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 def provenance() -> dict[str, Any]:
     """Return what a reader needs to run this again: commit, versions, host. What is unknown is absent."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("fastmon", "numpy", "triton", "tokenizers", "safetensors"):
+    versions = {"fastmon": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", "triton", "tokenizers", "safetensors"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
