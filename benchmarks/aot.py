@@ -49,6 +49,9 @@ SHARED_LIMIT: dict[str, int] = {
     "gfx950": 163_840,
 }
 
+# Kernels that never see the inputs' dtype: they work on partial results.
+DTYPE_FREE = ("moments_merge", "pair_merge", "gram_sum", "finish", "unpack", "pack", "top_eigenpair")
+
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
 
 
@@ -162,10 +165,14 @@ def launches(target: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Laun
                 for kernel, args, kwargs in taken:
                     _, signature, constexprs, attrs = specialise(kernel, args, kwargs, TARGETS[target])
                     # A kernel that never sees the dtype is the same for all of them and is listed once.
-                    key = repr((kernel.fn.__name__, signature, constexprs, attrs))
+                    name = kernel.fn.__name__
+                    key = repr((name, signature, constexprs, attrs))
                     flags = [flag.lower() for flag in ("ADD", "TABLE") if kwargs.get(flag)]
                     label = " ".join([variant, *flags]).strip()
-                    found.setdefault(key, Launch(kernel, args, kwargs, name_of(dtype), label))
+                    found.setdefault(
+                        key,
+                        Launch(kernel, args, kwargs, "any" if name in DTYPE_FREE else name_of(dtype), label),
+                    )
     return list(found.values())
 
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
 CASES = [f"tests/kernels/{stem}.py" for stem in ("reductions", "newton_schulz", "spectral", "coverage")]
@@ -31,7 +32,15 @@ def run_cases(interpret: bool) -> None:
     assert " passed" in done.stdout, done.stdout
 
 
+def version(module) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
 def test_every_kernel_executes_in_the_interpreter():
+    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
+        pytest.skip(
+            "the interpreter of this Triton needs numpy < 2.4: it converts arrays of one element to int"
+        )
     run_cases(interpret=True)
 
 

@@ -9,6 +9,9 @@ Up to 4096 columns a block of rows stays in registers between its two uses; wide
 time, the second time from the cache. Everything is computed on W 2^-e, with e kept beside the vector.
 """
 
+# Kernels' parameters are Triton values, which have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -14,6 +14,9 @@ read once more, scaled by a power of two (it lies in the L2 cache; ordinary data
 Sources: Chan, Golub, LeVeque 1979; Pebay, SAND2008-6212 (third and fourth order).
 """
 
+# Kernels' parameters are Triton values, which have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+
 from __future__ import annotations
 
 import torch

@@ -13,9 +13,13 @@ Operations for 5 steps, m <= n: 15 m^2 n + 5 m^3, where plain products take 20 m
 Sources: Keller Jordan's Muon (ns5); Polar Express, arXiv 2505.16932.
 """
 
+# Kernels' parameters are Triton values, which have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -263,9 +267,9 @@ def launch(
         for start in range(0, len(members), size):
             batch = members[start : start + size]
             index = tuple(batch)
-            picked = (
-                norms if len(index) == len(pairs) else norms[resident(index, lambda i=index: i, norms.device)]
-            )
+            picked = norms
+            if len(index) < len(pairs):
+                picked = norms[resident(index, partial(tuple, index), norms.device)]
             solve([pairs[i] for i in batch], picked, method, steps, compute_dtype)
     return outs
 

@@ -6,6 +6,9 @@ content is another and so is the key. The upload goes through pinned memory on t
 for nothing; torch's pinned allocator reuses a staging block only behind the event of its copy.
 """
 
+# Kernels' parameters are Triton values, which have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+
 from __future__ import annotations
 
 from collections import OrderedDict

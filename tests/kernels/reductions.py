@@ -123,6 +123,12 @@ def test_pair_moments():
     assert_unwritten(xs + ys, before)
 
 
+def test_a_pair_with_one_non_finite_number_is_nan_as_a_whole():
+    fine, bad = torch.tensor([1.0, 2.0], device=DEVICE), torch.tensor([INF, 1.0], device=DEVICE)
+    out = pair_moments.launch([fine, bad, fine], [bad, fine, fine * NAN])
+    assert out.isnan().all()
+
+
 def test_pair_cosine_between_far_scales_and_of_equal_vectors():
     x = torch.randn(2000)
     xs = [v.to(DEVICE) for v in (x * 1e-30, x, x, torch.zeros(9))]
