@@ -21,6 +21,7 @@ from fastmon.config import Config, apply_mode_defaults
 from fastmon.distributed import Ranks
 from fastmon.metrics import METRICS
 from fastmon.monitor import Monitor
+from fastmon.schedules import factor
 from fastmon.sinks import Jsonl
 
 MONITORS: dict[str, tuple[str, ...]] = {  # parts of a preset as globs: every METRICS row is in exactly one
@@ -77,9 +78,10 @@ class Loop:
         """Forward and backward over the micro-batches, clip, update, observe: the body of train.train."""
         self.steps += 1
         cfg, job = self.cfg, self.job
-        for optimizer in job.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(min(self.steps, cfg.steps), cfg)
+        at = min(self.steps, cfg.steps)
+        lr = cfg.lr * factor(cfg.schedule, at, steps=cfg.steps, warmup=cfg.warmup, low=cfg.min_lr_ratio)
+        for group in (group for optimizer in job.optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
         loss, data_ms = torch.zeros((), device=self.device), 0.0
         for micro in range(1, cfg.grad_accum + 1):
             asked = time.perf_counter()

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import loop
 
-STRETCH = 3
+STRETCH = 2
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -24,7 +24,7 @@ HEADER = {
     },
     "device": "a CPU",
     "versions": {"torch": "2.13.0", "python": "3.11.7"},
-    "git_commit": "abc1234",
+    "git_commit": "0123456789abcdef0123456789abcdef01234567-dirty",
 }
 
 
@@ -87,7 +87,7 @@ def test_events_are_no_rows_and_are_told(write_run):
     log = read_run(folder / "metrics.jsonl")
     assert len(log.rows) == 2
     assert (
-        "- step 2: monitor switched off (monitor spectral, error ValueError: bad)"
+        "- monitor switched off at step 2 (monitor spectral, error ValueError: bad)"
         in write_summary(folder).read_text()
     )
 
@@ -120,7 +120,7 @@ def test_what_ran_leaves_out_what_is_not_set(write_run):
     text = write_summary(write_run(losses(2))).read_text()
     assert "workload gpt, mode nano, optimizer muon, lr 0.002, monitor usual." in text
     assert "width" not in text
-    assert "device a CPU; torch 2.13.0, python 3.11.7; commit abc1234." in text
+    assert "device a CPU; torch 2.13.0, python 3.11.7; commit 0123456789-dirty." in text
 
 
 def test_matrices_from_the_parameter_log(write_run):
@@ -152,7 +152,7 @@ def test_trouble_names_metric_step_and_count(write_run):
 
 
 def test_clean_run_says_so(write_run):
-    assert "None: every logged value is finite" in write_summary(write_run(losses(3))).read_text()
+    assert "None. Every logged value is finite" in write_summary(write_run(losses(3))).read_text()
 
 
 def test_empty_log_has_a_summary_without_plots(write_run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def write_summary(
             parts.append("![loss, learning rate, norms and step time over the run](summary.png)")
     parts += _results(log)
     parts += _matrices(log if params is None else params, log)
-    parts += ["## Trouble", _trouble([log, *([params] if params else [])])]
+    parts += ["## Events", _events([log, *([params] if params else [])])]
     path = run_dir / "summary.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
@@ -67,7 +68,10 @@ def _what_ran(log: RunLog) -> str:
         ("commit", "commit"),
     ):
         if header.get(key):
-            facts.append(f"{label} {_plain(header[key])}".strip())
+            said = re.sub(
+                r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", _plain(header[key])
+            )  # a full hash, shortened
+            facts.append(f"{label} {said}".strip())
     if facts:
         lines.append("; ".join(facts) + ".")
     return "  \n".join(line for line in lines if line.strip("."))
@@ -182,7 +186,7 @@ def _family(prefix: str, *logs: RunLog) -> dict[str, Series]:
     return {}
 
 
-def _trouble(logs: Iterable[RunLog]) -> str:
+def _events(logs: Iterable[RunLog]) -> str:
     """Non-finite values by metric with their first step, non-finite gradients, events, unreadable lines."""
     lines = []
     for log in logs:
@@ -199,13 +203,13 @@ def _trouble(logs: Iterable[RunLog]) -> str:
                 f"- non-finite gradients in {len(bad)} steps, first at step {bad[0][0]} "
                 f"({bad[0][1]:.0f} elements)"
             )
-        for event in log.events[:10]:
-            facts = ", ".join(f"{key} {_plain(event[key])}" for key in event if key not in _EVENT_HEAD)
-            lines.append(f"- step {event['step']}: {event['event']}" + (f" ({facts})" if facts else ""))
-        if len(log.events) > 10:
-            lines.append(f"- and {len(log.events) - 10} more events in `{log.path.name}`")
+        for kind, count in Counter(event["event"] for event in log.events).items():
+            first = next(event for event in log.events if event["event"] == kind)
+            facts = ", ".join(f"{key} {_plain(first[key])}" for key in first if key not in _EVENT_HEAD)
+            times = f"{count} times, first at" if count > 1 else "at"
+            lines.append(f"- {kind} {times} step {first['step']}" + (f" ({facts})" if facts else ""))
         if log.broken:
             shown = "; ".join(f"line {number}: {reason}" for number, reason in log.broken[:5])
             more = f"; and {len(log.broken) - 5} more" if len(log.broken) > 5 else ""
             lines.append(f"- {len(log.broken)} unreadable in `{log.path.name}`: {shown}{more}")
-    return "\n".join(lines) or "None: every logged value is finite and every line was readable."
+    return "\n".join(lines) or "None. Every logged value is finite and every line was readable."
