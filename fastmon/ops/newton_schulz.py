@@ -8,19 +8,18 @@ Numerics  |X|_F is taken in fp32 after an exact power-of-two scaling (1e-30 and 
           the polynomial stays bounded (up to 1.26 for ns5, 1.022 for polar-express). A zero matrix gives zeros;
           NaN or Inf gives NaN for that matrix alone. The caller's tensors are never written.
 Speed     Matrices of one shape form a batch, except where one alone fills a CPU. There symmetric products run as
-          strips, and for n >= 2 m the Gram form iterates on X X^T (fastmon/ops/symmetric.py).
+          strips, and for n >= 3 m the Gram form iterates on X X^T (fastmon/ops/symmetric.py).
 Gram form It is fragile: the Gram matrix forgets singular values below sqrt(eps), and what rounding puts in their
           place grows with the slope of the polynomial. Worst output singular value in bf16 over the spectra of the
-          tests: ns5 1.21 with a restart after step 3, polar-express 2e9. So: ns5, 5 steps, bf16, 512 rows and up
-          (below, its error passes twice the dense form's). fp32 stays dense too, where the Gram form is up to 5
-          times less accurate. A CPU never multiplies in fp16 (100 times slower than bf16).
+          tests: ns5 1.21 with a restart after step 3, polar-express 2e9. So: ns5, 5 steps, bf16, 512 rows and up, n
+          at least 3 m; there its error is 0.6 to 2.1 times the dense form's (below 512 rows up to 3 times). fp32
+          stays dense too (Gram: up to 5 times). A CPU never multiplies in fp16 (100 times slower than bf16).
 Cost      5 steps, m <= n: dense 20 m^2 n + 10 m^3 operations, symmetric 15 + 5, Gram 8 + 28 (symmetric 6 + 14).
 Sources   Keller Jordan's Muon (ns5); Polar Express, arXiv 2505.16932; Gram form with restart, Dao-AILab (2026).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, overload
@@ -37,7 +36,9 @@ from fastmon.ops.symmetric import Triple
 ALONE = (
     512  # rows of the smaller side from which a CPU takes one matrix at a time, and the Gram form is accurate
 )
-GRAM_ASPECT = 2  # n / m from which the Gram form is used
+GRAM_ASPECT = 3  # n / m from which the Gram form is used; at 2 it would gain 6%
+_CAPABILITIES = torch._C._cpu._get_cpu_capability()
+CPU_BF16 = any(_CAPABILITIES.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 BATCH = {"cpu": 1 << 22, "cuda": 1 << 27}  # elements of one batch at most: bounds the temporaries
 
 
@@ -174,7 +175,7 @@ def _method(method: str | Method) -> Method:
 
 def _compute_dtype(kind: str, wish: torch.dtype | None) -> torch.dtype:
     if wish is None:
-        return torch.bfloat16 if kind != "cpu" or cpu_has_bf16() else torch.float32
+        return torch.bfloat16 if kind != "cpu" or CPU_BF16 else torch.float32
     if wish not in FLOATS | {torch.float64}:
         raise ValueError(f"compute_dtype is bfloat16, float16, float32 or float64, got {wish}")
     if wish == torch.float16 and kind == "cpu":
@@ -182,13 +183,6 @@ def _compute_dtype(kind: str, wish: torch.dtype | None) -> torch.dtype:
             "compute_dtype float16 is for GPUs: a CPU multiplies it 100 times slower than bfloat16"
         )
     return wish
-
-
-@functools.cache
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX, Arm BF16); else fp32 is faster and better."""
-    capabilities = torch._C._cpu._get_cpu_capability()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 Solver = Callable[..., tuple[Tensor, Tensor | None]]
@@ -281,7 +275,10 @@ def _normalised(
         x[i].copy_(matrix)
     peak = torch.maximum(x.amax(dim=(1, 2), keepdim=True), -x.amin(dim=(1, 2), keepdim=True))
     scale = power_of_two(peak.float()).to(exact)
-    norm = torch.linalg.vector_norm(x.mul_(1 / scale), dim=(1, 2), keepdim=True)
+    lines = torch.linalg.vector_norm(
+        x.mul_(1 / scale), dim=2, keepdim=True
+    )  # (B, rows, 1): one long fp32 sum drifts
+    norm = torch.linalg.vector_norm(lines, dim=1, keepdim=True)
     x = x.mul_(1 / torch.where(norm == 0, 1, norm * margin)).to(dtype)
     wide = x if rows <= columns else _transposed(x)
     return wide, (norm * scale).flatten()
@@ -302,7 +299,8 @@ def _plain(
     for a, b, c in schedule:
         gram = x @ x.mT  # (B, m, m)
         top = symmetric.largest_eigenvalue(gram) if probe and top is None else top
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        factor, alpha = (torch.baddbmm(gram, gram, gram, beta=b, alpha=c), 1.0) if c else (gram, b)
+        x = torch.baddbmm(x, factor, x, beta=a, alpha=alpha)
     return x.mT if tall else x, top
 
 

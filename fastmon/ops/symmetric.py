@@ -89,7 +89,7 @@ def gram(
                 torch.baddbmm(g, s, g, beta=a, out=t)
                 torch.baddbmm(t, s, t, beta=a, out=g)
         if tall and stage is second:
-            torch.bmm(x.mT, q, out=y.view(x.mT.shape))
+            torch.bmm(x.mT, q.mT, out=y.view(x.mT.shape))  # q is symmetric up to rounding only
         else:
             torch.bmm(q, x, out=y)
         x, y = y, x
