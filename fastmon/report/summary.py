@@ -68,10 +68,10 @@ def _what_ran(log: RunLog) -> str:
         ("commit", "commit"),
     ):
         if header.get(key):
-            said = re.sub(
+            words = re.sub(
                 r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", _plain(header[key])
             )  # a full hash, shortened
-            facts.append(f"{label} {said}".strip())
+            facts.append(f"{label} {words}".strip())
     if facts:
         lines.append("; ".join(facts) + ".")
     return "  \n".join(line for line in lines if line.strip("."))
