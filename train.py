@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +168,8 @@ def set_up(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Job:
     return job
 
 
-def introduce(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
-    """Say what runs where, and return it for the run's record."""
+def introduce(job: Job, early: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """Say what was done so far and what runs where; return the latter for the run's record."""
     cfg, here, tokens = job.cfg, job.ranks.device, job.workload.tokens_per_micro_batch * job.cfg.grad_accum
     facts = backend.Facts(here.type, frozenset({torch.float32}), device.sm(here), prepared=True)
     record = runs.provenance() | {
@@ -180,7 +180,7 @@ def introduce(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
         "effective_batch": f"{cfg.batch_size} sequences x {cfg.grad_accum} micro-batches = {tokens} tokens a step",
         "config": cfg.to_dict(),
     }
-    say(f"run: {job.folder}")
+    say("\n".join([f"run: {job.folder}", *early]))
     for title in ("device", "precision", "workload", "ops", "effective_batch", "config"):
         said = record[title]
         if isinstance(said, dict):
@@ -244,22 +244,18 @@ def run(cfg: Config, ranks: Ranks) -> int:
         if ranks.first:
             print(*early, f"step:{job.step}/{cfg.steps} {losses}", sep="\n")
         return 0
-    folder = job.folder
-    early += together(lambda: runs.claim(folder, cfg.to_dict(), step=job.step) if ranks.first else [])
+    early += together(lambda: runs.claim(job.folder, cfg.to_dict(), step=job.step) if ranks.first else [])
     with contextlib.ExitStack() as stack:
-        log = [stack.enter_context((folder / "console.log").open("a"))] if ranks.first else []
-        streams: list[TextIO] = [sys.stdout, *log] if ranks.first else []
+        streams = stack.enter_context(runs.console(job.folder)) if ranks.first else []
 
         def say(text: str) -> None:
             for stream in streams:
                 print(text, file=stream, flush=True)
 
-        record = introduce(job, say)
-        if early:
-            say("\n".join(early))
+        record = introduce(job, early, say)
         shown = {"log_interval": cfg.log_interval, "total_steps": cfg.steps}
         sinks: list[Sink] = [Console(**shown, stream=stream) for stream in streams]
-        sinks += [Jsonl(folder, header=record, append=True)] if ranks.first else []
+        sinks += [Jsonl(job.folder, header=record, append=True)] if ranks.first else []
         interruption = stack.enter_context(runs.Interruption())
         with Monitor(
             job.bare,
@@ -278,10 +274,12 @@ def run(cfg: Config, ranks: Ranks) -> int:
                 mon.load_state_dict(job.observed)
             train(job, mon, interruption)
         if interruption.signal is not None:
-            say(f"{interruption.signal.name} after step {job.step}: go on with train.py --resume {folder}")
+            say(
+                f"{interruption.signal.name} after step {job.step}: go on with train.py --resume {job.folder}"
+            )
             return 128 + interruption.signal
         if ranks.first:
-            say(f"summary: {write_summary(folder)}")
+            say(f"summary: {write_summary(job.folder)}")
     return 0
 
 
@@ -295,6 +293,9 @@ def main() -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(f"train.py: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+            return 130
 
 
 if __name__ == "__main__":

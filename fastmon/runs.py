@@ -9,6 +9,7 @@ runs/<name>/
     summary.md       written at the end
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -16,10 +17,11 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import torch
 
@@ -103,6 +105,13 @@ def provenance() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired):
         return facts
     return facts | ({"git_commit": found.stdout.strip()} if found.returncode == 0 else {})
+
+
+@contextlib.contextmanager
+def console(folder: Path) -> Iterator[list[TextIO]]:
+    """Yield the streams that what is said goes to: standard output and the run's console.log, which is appended."""
+    with (folder / "console.log").open("a", encoding="utf-8") as log:
+        yield [sys.stdout, log]
 
 
 class Interruption:

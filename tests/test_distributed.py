@@ -9,13 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from fastmon import checkpoint, distributed
-from fastmon.data.shards import write_shard
-from tests.test_train import ROOT, losses, rows, run
+from tests.tiny_run import ROOT, flags, losses, rows, run, spawn
 
 LOSS_TOLERANCE = 1e-4  # relative, over these steps: fp32 sums in another order
 NORM_TOLERANCE = 1e-3  # a gradient moves more than the loss it is the slope of
@@ -130,39 +128,20 @@ def test_a_rank_that_dies_ends_the_others():
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    tokens = (np.arange(6000) ** 2 // 7 % 101).astype(np.uint16)
-    write_shard(folder / "train.bin", tokens[:5000])
-    write_shard(folder / "val.bin", tokens[5000:])
-    return (
-        f"--width 32 --seq-len 16 --batch-size 2 --grad-accum 4 --steps 6 --warmup 2 --lr 0.01 --device cpu "
-        f"--val-batches 3 --val-interval 3 --save-interval 2 --log-interval 2 --train-files {folder}/train.bin "
-        f"--val-files {folder}/val.bin --run-dir {folder}/runs"
-    ).split()
+    return flags(folder, "--grad-accum", "4", "--val-batches", "3", "--run-dir", str(folder / "runs"))
 
 
 def torchrun(*argv: str) -> subprocess.Popen[str]:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={free_port()}",
-    ]
-    return subprocess.Popen(
-        [*launch, str(ROOT / "train.py"), *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
+    return spawn(*argv, launcher=launcher)
 
 
-def test_two_processes_train_as_one(flags):
-    base = Path(flags[-1])
-    child = torchrun(*flags, "--run-name", "two")
-    assert run(*flags, "--run-name", "one") == 0
+def test_two_processes_train_as_one(tiny):
+    base = Path(tiny[-1])
+    child = torchrun(*tiny, "--run-name", "two")
+    assert run(*tiny, "--run-name", "one") == 0
     out, error = child.communicate(timeout=240)
     assert child.returncode == 0, error
     assert len(re.findall(r"^step:6/6 val_loss", out, flags=re.M)) == 1  # rank 0 alone speaks
@@ -184,19 +163,19 @@ def test_two_processes_train_as_one(flags):
     assert [loss for _, loss, _ in ours] == pytest.approx([loss for _, loss, _ in theirs], rel=LOSS_TOLERANCE)
 
 
-def test_an_impossible_split_is_refused_by_all_and_leaves_nothing(flags):
-    child = torchrun(*flags, "--run-name", "odd", "--grad-accum", "3")
+def test_an_impossible_split_is_refused_by_all_and_leaves_nothing(tiny):
+    child = torchrun(*tiny, "--run-name", "odd", "--grad-accum", "3")
     _, error = child.communicate(timeout=240)
     assert child.returncode != 0
     assert error.count("train.py: --grad-accum 3 does not split over 2 processes") == 1
     assert "exitcode" in error
     assert re.search(r"exitcode\s*:\s*2\b", error)
-    assert not (Path(flags[-1]) / "odd").exists()
+    assert not (Path(tiny[-1]) / "odd").exists()
 
 
-def test_torchrun_stopped_by_a_signal_leaves_a_resumable_run(flags):
-    folder = Path(flags[-1]) / "stopped"
-    child = torchrun(*flags, "--run-name", "stopped", "--steps", "100000", "--save-interval", "0")
+def test_torchrun_stopped_by_a_signal_leaves_a_resumable_run(tiny):
+    folder = Path(tiny[-1]) / "stopped"
+    child = torchrun(*tiny, "--run-name", "stopped", "--steps", "100000", "--save-interval", "0")
     assert child.stdout is not None
     for line in child.stdout:
         if line.startswith("step:10/"):

@@ -52,6 +52,14 @@ def test_provenance_names_versions_and_commit():
         assert len(facts["git_commit"].removesuffix("-dirty")) == 40
 
 
+def test_the_console_is_kept_in_the_folder(tmp_path, capsys):
+    for word in ("one", "two"):
+        with runs.console(tmp_path) as streams:
+            for stream in streams:
+                print(word, file=stream)
+    assert capsys.readouterr().out == (tmp_path / "console.log").read_text() == "one\ntwo\n"
+
+
 def test_an_interruption_is_a_wish_and_the_second_one_an_order(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     before = signal.getsignal(signal.SIGINT)

@@ -5,67 +5,22 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import train
 from fastmon import checkpoint, config
-from fastmon.data.shards import write_shard
+from tests.tiny_run import STEPS, flags, losses, rows, run, spawn
 
-ROOT = Path(train.__file__).parent
 LINE = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:\d+\.\dms step_avg:\d+\.\d\dms")
-STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The flags of a run of six steps on two small shards of learnable tokens."""
-    folder = tmp_path_factory.mktemp("data")
-    tokens = (np.arange(6000) ** 2 // 7 % 101).astype(np.uint16)
-    write_shard(folder / "train.bin", tokens[:5000])
-    write_shard(folder / "val.bin", tokens[5000:])
-    flags = (
-        f"--width 32 --seq-len 16 --batch-size 2 --grad-accum 2 --steps {STEPS} --warmup 2 --lr 0.01 --device cpu "
-        f"--val-batches 2 --val-interval 3 --save-interval 2 --log-interval 2 --train-files {folder}/train.bin "
-        f"--val-files {folder}/val.bin"
-    )
-    return flags.split()
-
-
-def run(*argv: str) -> int:
-    """Call train.py in this process."""
-    before = sys.argv
-    sys.argv = ["train.py", *map(str, argv)]
-    try:
-        return train.main()
-    finally:
-        sys.argv = before
-
-
-def spawn(*argv: str) -> subprocess.Popen[str]:
-    """Start train.py in a process of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, argv)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread
-    )
-
-
-def rows(folder: Path, file: str = "metrics.jsonl") -> dict[int, dict]:
-    lines = [json.loads(line) for line in (folder / file).read_text().splitlines()]
-    kept = [line for line in lines if "step" in line and "event" not in line]
-    assert len({line["step"] for line in kept}) == len(kept), "a step has two rows"
-    return {line["step"]: line for line in kept}
-
-
-def losses(folder: Path) -> list:
-    return [(s, r["Loss/train_loss"], r.get("Loss/val_loss")) for s, r in rows(folder).items()]
+    return flags(tmp_path_factory.mktemp("data"))
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -282,8 +237,8 @@ def test_watching_changes_no_loss_and_no_weight(full, tiny, tmp_path, monitor):
 def test_monitor_schedules_come_from_flags_and_environment(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("MONITOR_SPECTRAL_EVERY", "3")
     monkeypatch.setenv("MONITOR_ACTIVATIONS", "true")
-    flags = ["--monitor", "cheap", "--monitor-activations-every", "4"]
-    assert run(*tiny, "--run-dir", tmp_path, "--run-name", "x", *flags) == 0
+    more = ["--monitor", "cheap", "--monitor-activations-every", "4"]
+    assert run(*tiny, "--run-dir", tmp_path, "--run-name", "x", *more) == 0
     table = rows(tmp_path / "x")
     assert [s for s, row in table.items() if "Model/spectral_norm_max" in row] == [1, 3, 6]
     assert [s for s, row in table.items() if "Activations/blocks.0_std" in row] == [1, 4]
@@ -303,8 +258,8 @@ def test_eval_only_prints_the_loss_and_writes_nothing(full, tiny, tmp_path, caps
 
 
 def test_rotation_keeps_the_newest_the_best_and_the_final(tiny, tmp_path):
-    flags = ["--save-interval", "1", "--keep-checkpoints", "1", "--steps", "4", "--grad-clip", "0"]
-    assert run(*tiny, "--run-dir", tmp_path, "--run-name", "x", *flags) == 0
+    more = ["--save-interval", "1", "--keep-checkpoints", "1", "--steps", "4", "--grad-clip", "0"]
+    assert run(*tiny, "--run-dir", tmp_path, "--run-name", "x", *more) == 0
     table = rows(tmp_path / "x")
     best = min((1, 2, 3), key=lambda step: table[step]["Loss/val_loss"])
     names = {path.name for _, path in checkpoint.steps(tmp_path / "x" / "checkpoints")}
@@ -318,8 +273,8 @@ def test_accumulation_is_a_larger_batch(full, tiny, tmp_path):
 
 
 def test_bf16_trains(full, tiny, tmp_path):
-    flags = ["--precision", "bf16", "--grad-checkpointing", "--optimizer", "adamw"]
-    assert run(*tiny, "--run-dir", tmp_path, "--run-name", "x", *flags) == 0
+    more = ["--precision", "bf16", "--grad-checkpointing", "--optimizer", "adamw"]
+    assert run(*tiny, "--run-dir", tmp_path, "--run-name", "x", *more) == 0
     found = losses(tmp_path / "x")
     assert found[0][1] == pytest.approx(losses(full)[0][1], rel=5e-3)  # 8 bits of significand
     assert found[0][1] != losses(full)[0][1]
@@ -354,86 +309,3 @@ def test_the_roles_of_parameters():
         (1, [(32, 8)]),
     ]
     assert {g["weight_decay"] for g in groups} == {0.5}
-
-
-def write_words(path: Path, *words: int, tokens: int = 0) -> str:
-    header = np.zeros(256, dtype="<i4")
-    header[: len(words)] = words
-    path.write_bytes(header.tobytes() + bytes(2 * tokens))
-    return str(path)
-
-
-BAD = {
-    "unknown flag": (lambda _: ["--stesp", "3"], "unknown flag --stesp, the nearest is --steps"),
-    "unknown mode": (lambda _: ["--mode", "nanno"], "--mode 'nanno' does not exist: choose one of nano, "),
-    "unknown workload": (
-        lambda _: ["--workload", "jepa"],
-        "--workload 'jepa' does not exist: choose one of gpt",
-    ),
-    "unknown precision": (lambda _: ["--precision", "int8"], "choose one of fp32, bf16, fp16"),
-    "precision without device": (lambda _: ["--precision", "fp16"], "--precision fp16 needs a CUDA device"),
-    "unknown device": (
-        lambda _: ["--device", "tpu"],
-        "--device 'tpu' does not exist: choose auto, cpu, cuda",
-    ),
-    "missing shard": (lambda at: ["--train-files", f"{at}/absent*.bin"], "no file matches"),
-    "wrong magic": (lambda at: ["--train-files", write_words(at / "a.bin", 1, 1, 9, tokens=9)], "magic"),
-    "truncated": (
-        lambda at: ["--train-files", write_words(at / "a.bin", 20240520, 1, 999, tokens=9)],
-        "truncated",
-    ),
-    "empty shard": (lambda at: ["--train-files", write_words(at / "a.bin", 20240520, 1, 0)], "a.bin"),
-    "large vocabulary": (lambda at: ["--val-files", big_token(at)], "vocab"),
-    "missing text": (lambda at: ["--text", f"{at}/*.txt"], "no file matches"),
-    "width": (lambda _: ["--width", "33"], "33"),
-    "unwritable run folder": (lambda at: ["--run-dir", write_words(at / "file") + "/runs"], "is no folder"),
-    "existing run": (lambda at: [*existing(at), "--run-name", "old"], "exists: continue it with --resume"),
-    "another shape": (
-        lambda at: ["--resume", str(at / "e/old"), *existing(at)[2:], "--width", "64"],
-        "start a new run",
-    ),
-    "no run": (lambda at: ["--resume", str(at / "absent")], "there is no run in"),
-    "no checkpoint": (
-        lambda at: ["--resume", f"{existing(at)[1]}/old/checkpoints/step_7"],
-        "no complete checkpoint",
-    ),
-}
-
-
-def big_token(at: Path) -> str:
-    write_shard(at / "big.bin", np.full(400, 9000, dtype=np.uint16))
-    return str(at / "big.bin")
-
-
-def existing(at: Path) -> list[str]:
-    (at / "e" / "old").mkdir(parents=True)
-    (at / "e" / "old" / "config.json").write_text("{}")
-    return ["--run-dir", str(at / "e")]
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_done_is_said_in_one_sentence(case, tiny, tmp_path, capsys):
-    argv, message = BAD[case]
-    (tmp_path / "in").mkdir()
-    words = argv(tmp_path / "in")
-    before = sorted(path for path in tmp_path.rglob("*"))
-    base = tiny if "--text" not in words and case != "no checkpoint" else ["--device", "cpu"]
-    place = [] if "--run-dir" in words or case == "no checkpoint" else ["--run-dir", str(tmp_path / "runs")]
-    assert run(*base, *place, *words) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.count("\n") == 1
-    assert shown.err.startswith("train.py: ")
-    assert message in shown.err
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-
-
-def test_the_exit_code_of_the_process_is_2(tmp_path):
-    child = spawn("--run-dir", tmp_path / "runs", "--sptes", "3")
-    out, error = child.communicate(timeout=120)
-    assert (child.returncode, out, error) == (
-        2,
-        "",
-        "train.py: unknown flag --sptes, the nearest is --steps\n",
-    )
-    assert not (tmp_path / "runs").exists()
