@@ -48,7 +48,11 @@ def reason_not_to_build() -> str | None:
             probe = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
             return f"no C++ compiler: {error}"
-    return None if probe.returncode == 0 else "the compiler refuses torch's headers: " + probe.stderr.strip()[:500]
+    return (
+        None
+        if probe.returncode == 0
+        else "the compiler refuses torch's headers: " + probe.stderr.strip()[:500]
+    )
 
 
 class BuildExtension(build_ext):
@@ -60,7 +64,11 @@ class BuildExtension(build_ext):
 
         def compile_all(sources: list[str], **options) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return [o for objects in pool.map(lambda s: compile_some([s], **options), sources) for o in objects]
+                return [
+                    o
+                    for objects in pool.map(lambda s: compile_some([s], **options), sources)
+                    for o in objects
+                ]
 
         self.compiler.compile = compile_all
         super().build_extensions()
