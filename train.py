@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import sys
 import time
@@ -247,11 +248,7 @@ def run(cfg: Config, ranks: Ranks) -> int:
     early += together(lambda: runs.claim(job.folder, cfg.to_dict(), step=job.step) if ranks.first else [])
     with contextlib.ExitStack() as stack:
         streams = stack.enter_context(runs.console(job.folder)) if ranks.first else []
-
-        def say(text: str) -> None:
-            for stream in streams:
-                print(text, file=stream, flush=True)
-
+        say = functools.partial(runs.say, streams)
         record = introduce(job, early, say)
         shown = {"log_interval": cfg.log_interval, "total_steps": cfg.steps}
         sinks: list[Sink] = [Console(**shown, stream=stream) for stream in streams]

@@ -139,9 +139,9 @@ FIELDS = flags.fields_of(Config)
 
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "nano": {  # 3,072 tokens a step: 300 steps take about two minutes on two cores of a CPU
-        "seq_len": 256,
+        "seq_len": 128,
         "lr": 0.03,
-        "batch_size": 6,
+        "batch_size": 12,
         "grad_accum": 2,  # even, so that two processes can share it
         "steps": 300,
         "warmup": 20,

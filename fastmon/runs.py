@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -112,6 +112,12 @@ def console(folder: Path) -> Iterator[list[TextIO]]:
     """Yield the streams that what is said goes to: standard output and the run's console.log, which is appended."""
     with (folder / "console.log").open("a", encoding="utf-8") as log:
         yield [sys.stdout, log]
+
+
+def say(streams: Iterable[TextIO], text: str) -> None:
+    """Print a line to each of the streams, at once."""
+    for stream in streams:
+        print(text, file=stream, flush=True)
 
 
 class Interruption:

@@ -55,8 +55,7 @@ def test_provenance_names_versions_and_commit():
 def test_the_console_is_kept_in_the_folder(tmp_path, capsys):
     for word in ("one", "two"):
         with runs.console(tmp_path) as streams:
-            for stream in streams:
-                print(word, file=stream)
+            runs.say(streams, word)
     assert capsys.readouterr().out == (tmp_path / "console.log").read_text() == "one\ntwo\n"
 
 
