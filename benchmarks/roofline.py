@@ -46,7 +46,7 @@ def measure(device: torch.device, *, seconds: float = 1.0) -> Roofline:
     variants = {"sum": x.sum, "copy": lambda: y.copy_(x)}
     variants |= {str(dtype): (lambda a=a: a @ a) for dtype, a in matrices.items()}
     if device.type == "cuda":
-        found = timing.cuda_interleave(variants, {name: [()] for name in variants}, seconds=seconds)
+        found, _ = timing.cuda_interleave(variants, {name: [()] for name in variants}, seconds=seconds)
         ms = {name: entry.device.median for name, entry in found.items()}
     else:
         ms = {name: entry.p20 for name, entry in timing.interleave(variants, seconds=seconds).items()}

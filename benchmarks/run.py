@@ -40,14 +40,16 @@ def measure(
     op = OPS[case.op]
     first = cases.inputs(case, device)
     size = sum(flat.numel() * flat.element_size() for flat in first.flats)
-    sets = [first, *(cases.inputs(case, device, seed=i) for i in range(1, timing.input_sets(size, device)))]
+    count = timing.input_sets(size, sum(map(len, first.lists)), device)
+    sets = [first, *(cases.inputs(case, device, seed=i) for i in range(1, count))]
     found, refused = cases.rows(op, case, sets)
     found += peers.variants(case, sets)
     work = cases.traffic(op, first)
     host: dict[str, str] = {}
     if device.type == "cuda":
         calls = {v.name: v.function for v in found}
-        timed = timing.cuda_interleave(calls, {v.name: v.args for v in found}, seconds=seconds)
+        timed, failed = timing.cuda_interleave(calls, {v.name: v.args for v in found}, seconds=seconds)
+        refused |= failed
         times = {name: entry.device for name, entry in timed.items()}
         host = {name: record.number(entry.host.median) for name, entry in timed.items()}
     else:
@@ -55,6 +57,8 @@ def measure(
         times = timing.interleave(turns, seconds=seconds)
     out = []
     for variant in found:
+        if variant.name not in times:
+            continue
         t = times[variant.name]
         bytes_per_s, flops_per_s = work.bytes / (t.median / 1e3), work.flops / (t.median / 1e3)
         share = ceiling.share(work, t.median, case.dtype)

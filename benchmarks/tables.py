@@ -19,6 +19,11 @@ from pathlib import Path
 from benchmarks import record, stamp
 
 _MARKED = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /table:(?P=name) -->", re.DOTALL)
+_MEASURE = {
+    "bars_cpu.csv": "python -m benchmarks.run --bars --keep",
+    "ops_cpu.csv": "python -m benchmarks.run --ops --keep",
+    "overhead.csv": "python -m benchmarks.overhead --keep",
+}
 _OPENING = re.compile(r"<!-- (/?)table:([\w-]+) -->")
 
 
@@ -28,11 +33,12 @@ class TableError(ValueError):
 
 def ops_table() -> str:
     """Every registered contract, what it computes, and its implementations, best first."""
-    from fastmon.ops import OPS
+    from fastmon import ops
 
     rows = []
-    for name, op in sorted(OPS.items()):
-        said = inspect.getdoc(op.reference) or ""
+    for name, op in sorted(ops.OPS.items()):
+        public = getattr(ops, name, None) or getattr(ops, f"{name}_norm", None)
+        said = inspect.getdoc(public or op.reference) or ""
         rows.append((f"`{name}`", _cell(_first_sentence(said)), ", ".join(impl.name for impl in op.impls)))
     return record.markdown(("op", "result", "implementations, best first"), rows)
 
@@ -121,9 +127,9 @@ def _results(name: str) -> list[record.Row]:
     try:
         rows = record.read(path)
     except FileNotFoundError:
-        raise TableError(f"benchmarks/results/{name} is missing: run `make bench` to measure it") from None
+        raise TableError(f"benchmarks/results/{name} is missing: `{_MEASURE[name]}` measures it") from None
     if not rows:
-        raise TableError(f"benchmarks/results/{name} has no rows: run `make bench` to measure it")
+        raise TableError(f"benchmarks/results/{name} has no rows: `{_MEASURE[name]}` measures it")
     return rows
 
 

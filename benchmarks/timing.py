@@ -148,12 +148,17 @@ def l2_bytes(device: torch.device) -> int:
     return int(size) or 50 << 20
 
 
-def input_sets(bytes_each: int, device: torch.device) -> int:
+def input_sets(bytes_each: int, tensors_each: int, device: torch.device) -> int:
     """How many input sets a cold rotation needs: together over 3x L2, at least 2, at most 32; on the CPU 1
-    set."""
+    set.
+
+    Long lists are about host cost, and each set is captured once per variant: at most 800 tensors over all
+    sets.
+    """
     if device.type != "cuda":
         return 1
-    return max(2, min(32, -(-3 * l2_bytes(device) // max(bytes_each, 1)) + 1))
+    cold = max(2, min(32, -(-3 * l2_bytes(device) // max(bytes_each, 1)) + 1))
+    return max(1, min(cold, 800 // max(tensors_each, 1)))
 
 
 def cuda_interleave(
@@ -163,26 +168,28 @@ def cuda_interleave(
     seconds: float = 1.0,
     min_rounds: int = 10,
     max_rounds: int = 200,
-) -> dict[str, DeviceTiming]:
+) -> tuple[dict[str, DeviceTiming], dict[str, str]]:
     """Time variants on the current CUDA device; `inputs[name]` holds that variant's rotating argument sets.
 
-    A variant that cannot be captured (it synchronises) raises what capture raises: the caller reports it by
-    name.
+    Returns the timings, and for each variant that cannot be captured (it makes the host wait) the reason.
     """
-    graphs = {
-        name: [_capture(function, args) for args in inputs[name]] for name, function in variants.items()
-    }
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    graphs: dict[str, list[torch.cuda.CUDAGraph]] = {}
+    failed: dict[str, str] = {}
+    for name, function in variants.items():
+        try:
+            graphs[name] = [_capture(function, args) for args in inputs[name]]
+        except RuntimeError as error:
+            failed[name] = "cannot be captured: " + str(error).splitlines()[0]
+            torch.cuda.synchronize()
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
     end = time.perf_counter() + seconds
     for round_ in range(max_rounds):
         if round_ >= min_rounds and time.perf_counter() > end:
             break
         for name, replays in graphs.items():
             samples[name].append(_replay_ms(replays))
-    return {
-        name: DeviceTiming(Timing.of(samples[name]), host_time(variants[name], inputs[name]))
-        for name in variants
-    }
+    timed = {n: DeviceTiming(Timing.of(samples[n]), host_time(variants[n], inputs[n])) for n in graphs}
+    return timed, failed
 
 
 def _capture(function: Callable[..., Any], args: Sequence[Any]) -> torch.cuda.CUDAGraph:
@@ -216,11 +223,15 @@ def host_time(
     inputs: Sequence[Sequence[Any]],
     *,
     calls: int = 30,
+    seconds: float = 1.0,
 ) -> Timing:
     """Host ms to enqueue one call while the device is busy, so that nothing but the host's own work is
     counted."""
-    samples = []
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
     for i in range(calls):
+        if samples and time.perf_counter() > end:
+            break
         torch.cuda.synchronize()
         torch.cuda._sleep(20_000_000)  # about 10 ms: the queue does not drain while the call is enqueued
         start = time.perf_counter_ns()

@@ -202,7 +202,17 @@ def test_rotation_walks_through_the_input_sets():
 
 
 def test_one_input_set_on_the_cpu():
-    assert timing.input_sets(1000, CPU) == 1
+    assert timing.input_sets(1000, 1, CPU) == 1
+
+
+def test_a_cold_rotation_passes_three_times_the_cache(monkeypatch):
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 50 << 20)
+    gpu = torch.device("cuda")
+    for size in (1 << 20, 10 << 20, 100 << 20, 1 << 30):
+        count = timing.input_sets(size, 4, gpu)
+        assert 2 <= count <= 32
+        assert count == 32 or count * size > 3 * (50 << 20)
+    assert timing.input_sets(4 << 20, 2000, gpu) == 1
 
 
 def test_roofline_share():
