@@ -130,6 +130,9 @@ METRICS: dict[str, Metric] = {
         ("Optimization/update_ratio/<param>", "1", "rms change / rms weight after the step", "|w' - w| / |w'|")),
     **_rows("usual", "replicated",
         ("Gradients/norm/<param>", "1", "L2 norm, before clipping where the monitor clips", "|g|")),
+    **_rows("usual", "rank 0",
+        ("Gradients/noise_scale", "samples",
+         "batch size at which noise and signal of the gradient are equal", "arXiv 1812.06162, app. A.1")),
     **_rows("cheap", "replicated",
         ("Gradients/nonfinite", "count", "NaN and Inf elements of the gradient", "count")),
     **_rows("cheap", "replicated",
@@ -264,8 +267,8 @@ class Observer(Protocol):
     def begin(self, due: frozenset[str]) -> None:
         """A step begins in which `due` will be asked for."""
 
-    def micro_step(self) -> None:
-        """One micro-batch's backward pass is done, more follow."""
+    def micro_step(self, reduced: bool) -> None:
+        """One micro-batch's backward pass is done, more follow; `reduced`: the gradients are those of all ranks."""
 
     def before_update(self, index: int) -> None:
         """Optimizer `index` is about to step."""

@@ -73,7 +73,6 @@ class Monitor:
     ) -> None:
         self._calendar = Calendar(plan_schedules(preset, every if preset != "off" else None))
         plan = Plan(unwrapped(model), params=params)
-        self._reader = GradientReader(plan)
         ranked = dist.is_available() and dist.is_initialized()
         self._rank = dist.get_rank() if ranked else 0
         self._world = dist.get_world_size() if ranked else 1
@@ -81,6 +80,7 @@ class Monitor:
         self._scene = Scene(
             model=unwrapped(model),
             plan=plan,
+            reader=GradientReader(plan),
             device=plan.device,
             preset=preset,
             active=self._calendar.active,
@@ -123,10 +123,12 @@ class Monitor:
         1e-6)) stays on the device and agrees with torch's to 1e-6; see `monitors.gradients` for Inf and NaN. With a
         GradScaler call `scaler.unscale_(optimizer)` first.
         """
-        reading = self._reader.read()
+        reading = self._scene.reader.read()
         if reading is None:
             return torch.zeros((), device=self._scene.device)
-        total, coefficient = self._reader.clip(reading, max_norm)
+        total: Tensor
+        coefficient: Tensor
+        total, coefficient = self._scene.reader.clip(reading, max_norm)
         if self._scene.read is None:
             self._scene.read = reading
         self._scene.coefficient = coefficient
@@ -136,11 +138,15 @@ class Monitor:
         """Read the gradients now, because the loop is about to clip them itself. One read; nothing waits."""
         if self._calendar.active:
             with self._timed():
-                self._scene.read = self._reader.read()
+                self._scene.read = self._scene.reader.read()
 
-    def micro_step(self) -> None:
-        """One micro-batch's backward pass is done and more follow: call it after each but the last."""
-        self._each("micro_step")
+    def micro_step(self, *, reduced: bool = True) -> None:
+        """One micro-batch's backward pass is done and more follow: call it after each but the last.
+
+        reduced: False where the gradients are this rank's own so far (DDP's `no_sync`).
+        """
+        with self._timed():
+            self._each("micro_step", reduced)
 
     def step(self, step: int, values: Mapping[str, Tensor | float] | None = None) -> None:
         """Close a step: enqueue what is due, and emit the rows that have arrived. Never waits for the device.
@@ -221,7 +227,12 @@ class Monitor:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step and what observers need to go on: tensors, numbers, strings, lists. Part of a checkpoint."""
+        """The step and what observers need to go on: tensors, numbers, strings, lists. Part of a checkpoint.
+
+        Emits the rows under way first, waiting for them, so that a checkpoint never knows more than the log.
+        """
+        for numbers, note in self._readback.drain():
+            self._emit(numbers, note)
         alive = [observer for observer in self._observers if observer is not None]
         return {"step": self._last_step, "observers": {type(o).__name__: o.state_dict() for o in alive}}
 

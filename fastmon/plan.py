@@ -113,6 +113,7 @@ class Plan:
             self.groups.setdefault((piece.role, piece.shape, piece.dtype), []).append(slot)
         self._weights: list[Tensor] = []
         self._pointers: list[int] = []
+        self._prepared: dict[tuple[str, str], Prepared] = {}
 
     def views(self, tensors: Sequence[Tensor], parameters: Sequence[int] | None = None) -> list[Tensor]:
         """The pieces of `tensors`, which have the shapes of all the plan's parameters, or of those at `parameters`."""
@@ -142,8 +143,14 @@ class Plan:
         return [i for i, p in enumerate(self.pieces) if p.logged and (not roles or p.role in roles)]
 
     def prepare(self, op: str, *args: object) -> Prepared:
-        """Bind `op` for lists like `args[0]`: its row is chosen now, and compiled now where it is a compile row."""
-        return Prepared(op, args)
+        """Bind `op` for lists like `args[0]`: its row is chosen now, and compiled now where it is a compile row.
+
+        Observers that ask for the same op over lists of the same shapes share one.
+        """
+        key = (op, str([[(t.shape, t.dtype) for t in a] if isinstance(a, list) else a for a in args[:1]]))
+        if key not in self._prepared:
+            self._prepared[key] = Prepared(op, args)
+        return self._prepared[key]
 
 
 class Prepared:

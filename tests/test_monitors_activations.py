@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastmon.monitors import activations
 from fastmon.monitors.activations import CALLS, merge_calls, select_modules
 from fastmon.ops import moments
 from tests.tiny import Tiny, tokens, watch
@@ -44,6 +45,18 @@ def test_activation_moments_are_those_of_all_micro_batches(batches):
     mon.step(2)
     for name, value in expected_statistics(outputs[-1]).items():
         assert sink[1][f"Activations/blocks.1_{name}"] == pytest.approx(value, rel=2e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_captured_tap_merges_only_where_the_device_flag_is_set(on):
+    a, b = torch.randn(500) * 3 + 1, torch.randn(300).relu()
+    numbers = [m[:3] for m in (moments(a, order=4), moments(b, order=4))]
+    rows = [torch.stack(list(m[3:])) for m in (moments(a, order=4), moments(b, order=4))]
+    counts, stats = torch.stack(numbers[0])[:, 0].clone(), rows[0][:, 0].clone()
+    activations._merge(counts, stats, torch.stack(numbers[1]), rows[1], torch.tensor(on))
+    whole = moments(torch.cat([a, b]) if on else a, order=4)
+    assert counts.tolist() == [t.item() for t in whole[:3]]
+    torch.testing.assert_close(stats, torch.stack(list(whole[3:]))[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_merging_keeps_a_large_mean():

@@ -22,6 +22,7 @@ from fastmon.sinks import Row
 OBSERVERS: tuple[str, ...] = (
     "optimization:Settings",
     "gradients:Gradients",
+    "noise_scale:NoiseScale",
     "spectral:SpectralNorms",
     "parameters:Parameters",
     "activations:Activations",
@@ -52,13 +53,10 @@ class Scene:
     buffers_bytes: int = 0  # memory of all observers' buffers
     tape_bytes: int = 0
     step: int = 1  # the step under way
-    read: Any = (
-        None  # the gradients before clipping (monitors.gradients.Reading), where the loop asked for it
-    )
+    reader: Any = None  # monitors.gradients.GradientReader
+    read: Any = None  # its Reading of the gradients before clipping, where the loop asked for it
     coefficient: Tensor | None = None  # () fp32, what the monitor clipped by
-    normed: tuple[
-        int, ...
-    ] = ()  # pieces whose norm after the step is on the tape already (row.shared["fro"])
+    normed: tuple[int, ...] = ()  # pieces whose norm after the step comes with row.shared["fro"]
     stepped: set[int] = field(default_factory=set)  # optimizers that have stepped
 
     def forget(self, step: int) -> None:
@@ -82,8 +80,8 @@ class Base:
     def begin(self, due: frozenset[str]) -> None:
         """A step begins in which `due` will be asked for."""
 
-    def micro_step(self) -> None:
-        """One micro-batch's backward pass is done, more follow."""
+    def micro_step(self, reduced: bool) -> None:
+        """One micro-batch's backward pass is done, more follow; `reduced`: the gradients are those of all ranks."""
 
     def before_update(self, index: int) -> None:
         """Optimizer `index` is about to step."""

@@ -83,7 +83,6 @@ class Gradients(Base):
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
-        self._reader = GradientReader(scene.plan)
         self._names = [piece.name for piece in scene.plan.pieces]
         self._keys = [f"Gradients/norm/{name}" for name in self._names]
         self._all_logged = all(piece.logged for piece in scene.plan.pieces)
@@ -101,7 +100,7 @@ class Gradients(Base):
         if self._received is not None or self.scene.coefficient is not None:
             return
         if self._wanted if self.scene.read is None else self._wanted_after:
-            self._received = self._reader.read(
+            self._received = self.scene.reader.read(
                 scale=getattr(self.scene.optimizers[index], "grad_scale", None)
             )
 
@@ -110,7 +109,7 @@ class Gradients(Base):
         if not self._wanted:
             return (), None
         if self.scene.read is None and self._received is None and not self.scene.optimizers:
-            self._received = self._reader.read()
+            self._received = self.scene.reader.read()
         parts: list[Tensor] = []
         readings: list[tuple[tuple[int, ...] | None, int, bool] | None] = []
         for reading in (self.scene.read, self._received):
@@ -145,7 +144,7 @@ class Gradients(Base):
             done.append((slots, norms, bad))
         before, received = done
         if before is not None:
-            total = global_norm(before[1])
+            total = row.shared["grad_norm"] = global_norm(before[1])
             if GLOBAL in due:
                 row.values[GLOBAL] = total
             if clipped and CLIPPED in due:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastmon.monitors import Base, Scene
-from fastmon.ops.pair_moments import op as pair_moments
 from fastmon.readback import Numbers, floats, global_norm
 from fastmon.sinks import Row
 
@@ -57,10 +56,16 @@ class Parameters(Base):
         logged = {piece.parameter for piece in plan.pieces if piece.logged}
         self._stems = [name if i in logged else None for i, name in enumerate(plan.names)]
         self._keys = [f"Optimization/update_ratio/{p.name}" if p.logged else None for p in plan.pieces]
+        copying = [i for i in range(len(self._mine)) if i not in self._reporting]
         self._copies: dict[int, list[Tensor]] = {}  # by optimizer
+        if not _UPDATE.isdisjoint(scene.active):
+            self._copies = {i: [plan.parameters[p].detach().clone() for p in self._mine[i]] for i in copying}
         self._lists: dict[tuple[tuple[int, ...], tuple[int, ...]], _Lists] = {}
         self._copied: list[int] = []
         self._moments = plan.prepare("moments", plan.weights(), 2)
+        copies = self._lists_for(tuple(self._copies), ()).copies
+        self._pair_moments = plan.prepare("pair_moments", copies, copies)
+        self.hold(*copies)
 
     def begin(self, due: frozenset[str]) -> None:
         """Whether the coming step wants copies, and reports."""
@@ -73,9 +78,6 @@ class Parameters(Base):
             return
         parameters: list[Tensor] = [self.scene.plan.parameters[i] for i in self._mine[index]]
         with torch.no_grad():
-            if index not in self._copies:
-                self._copies[index] = [torch.empty_like(p) for p in parameters]
-                self.hold(*self._copies[index])
             torch._foreach_copy_(self._copies[index], parameters)
         self._copied.append(index)
 
@@ -90,7 +92,7 @@ class Parameters(Base):
         weights = self.scene.plan.weights()
         with torch.no_grad():
             if lists.paired:
-                rows = pair_moments([weights[i] for i in lists.paired], lists.copies)
+                (rows,) = self._pair_moments([weights[i] for i in lists.paired], lists.copies)
                 parts += [rows[4], rows[6]]
             alone = lists.alone if PARAM_NORM in due else []
             if alone:
