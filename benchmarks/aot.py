@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -237,18 +239,18 @@ def cubin_resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def table(targets: tuple[str, ...], dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
-    for target in targets:
-        for launch in launches(target, dtypes):
-            yield compile_launch(launch, target)[0]
+def rows_of(target: str) -> list[Row]:
+    return [compile_launch(launch, target)[0] for launch in launches(target)]
 
 
 def main(arguments: list[str]) -> None:
     targets = tuple(arguments) or tuple(TARGETS)
     rows = []
-    for row in table(targets):
-        rows.append(row)
-        print(*asdict(row).values(), sep="\t", flush=True)
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
+        for some in pool.map(rows_of, targets):
+            rows.extend(some)
+            for row in some:
+                print(*asdict(row).values(), sep="\t", flush=True)
     if not arguments:
         with RESULTS.open("w", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")

@@ -29,7 +29,7 @@ BYTES = 262_144  # of W a program
 # Columns up to which a variant serves, rows and columns of one step, warps. The last one sweeps its rows twice.
 WIDTHS = ((1024, 8, 1024, 4), (4096, 2, 4096, 8), (1 << 62, 8, 512, 8))
 UNALIGNED_STEP = 2  # rows of one step where loads are element by element and their addresses fill registers
-SUM_BLOCK = 1024
+SUM_BLOCK = 512
 SUM_LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 # Rows of the table that describes the matrices, (10, count) int64.

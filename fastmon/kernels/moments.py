@@ -28,9 +28,11 @@ from .pointers import (
     FUSION,
     TRITON_DTYPES,
     addresses,
-    chunking,
+    chunking_at,
+    dtypes_of,
     exponent_of,
     lanes,
+    numels_of,
     pow2,
     pow2_double,
     resident,
@@ -38,7 +40,8 @@ from .pointers import (
 )
 
 CHUNK = 65536  # elements a program; counts below 2^24 stay exact in an fp32 partial
-THREAD = {2: 8, 4: 4}  # elements a thread and step, by order: 8 are one 16-byte load in bf16, two in fp32
+THREAD = 8  # elements a thread and step: one 16-byte load in bf16, two in fp32
+TILE_4 = 1024  # elements a step for order 4, on any card: its sums fill the registers of 64 lanes otherwise
 UNROLL = 4  # steps whose loads are in flight together
 MERGE_BLOCK = 256  # chunks a step of stage two
 CHUNK_LAUNCH = {"num_warps": 4, "num_stages": 1}
@@ -277,13 +280,11 @@ def launch(xs: list[Tensor], order: int) -> tuple[Tensor, Tensor]:
     if n == 0:
         return counts, stats
     pointers = addresses(xs)
-    numels = tuple(map(torch.Tensor.numel, xs))
-    kinds = tuple((x.dtype, p % 16 == 0) for x, p in zip(xs, pointers, strict=True))
-    cuts = chunking(numels, kinds, CHUNK)
+    cuts = chunking_at(pointers, numels_of(xs), dtypes_of(xs), CHUNK)
     table = resident(pointers, lambda: pointers, device)
     numel, first, owner = cuts.tables(device)
     partial = torch.empty((rows + 1, cuts.chunks), dtype=torch.float32, device=device)
-    tile = THREAD[order] * CHUNK_LAUNCH["num_warps"] * lanes(device)
+    tile = THREAD * CHUNK_LAUNCH["num_warps"] * lanes(device) if order == 2 else TILE_4
     for group in cuts.groups:
         moments_chunks[(group.end - group.begin,)](
             table,

@@ -22,9 +22,11 @@ from .pointers import (
     FUSION,
     TRITON_DTYPES,
     addresses,
-    chunking,
+    chunking_at,
+    dtypes_of,
     exponent_of,
     lanes,
+    numels_of,
     pow2,
     pow2_double,
     resident,
@@ -213,11 +215,8 @@ def launch(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     out = torch.empty((8, n), dtype=torch.float32, device=device)
     if n == 0:
         return out
-    x_pointers, y_pointers = addresses(xs), addresses(ys)
-    numels = tuple(map(torch.Tensor.numel, xs))
-    kinds = tuple((x.dtype, (p | q) % 16 == 0) for x, p, q in zip(xs, x_pointers, y_pointers, strict=True))
-    cuts = chunking(numels, kinds, CHUNK)
-    pointers = x_pointers + y_pointers
+    pointers = addresses(xs) + addresses(ys)
+    cuts = chunking_at(pointers, numels_of(xs), dtypes_of(xs), CHUNK)
     table = resident(pointers, lambda: pointers, device)
     numel, first, owner = cuts.tables(device)
     partial = torch.empty((7, cuts.chunks), dtype=torch.float32, device=device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -144,6 +145,31 @@ class Chunking:
 def chunking(numels: tuple[int, ...], kinds: tuple[tuple[torch.dtype, bool], ...], chunk: int) -> Chunking:
     """Return the one `Chunking` of these sizes and kinds (dtype, aligned)."""
     return Chunking(numels, kinds, chunk)
+
+
+@lru_cache(maxsize=16)
+def chunking_at(
+    pointers: tuple[int, ...],  # addresses of one list, or of several of equal length one after the other
+    numels: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    chunk: int,
+) -> Chunking:
+    """Return the `Chunking` of tensors that lie at these addresses; lists that have not moved cost a look-up."""
+    n = len(numels)
+    bits = [0] * n  # low bits of all addresses that belong together
+    for start in range(0, len(pointers), n):
+        bits = [b | p for b, p in zip(bits, pointers[start : start + n], strict=True)]
+    return chunking(numels, tuple((d, b % 16 == 0) for d, b in zip(dtypes, bits, strict=True)), chunk)
+
+
+def dtypes_of(xs: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """Return every tensor's dtype."""
+    return tuple(map(attrgetter("dtype"), xs))
+
+
+def numels_of(xs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return every tensor's number of elements."""
+    return tuple(map(torch.Tensor.numel, xs))
 
 
 @triton.jit
