@@ -1,7 +1,7 @@
 """fastmon: see what a training run does at every step, without slowing it down.
 
-Everything is loaded at first use (PEP 562): `import fastmon` costs nothing but itself, and
-`import fastmon.findings` leaves torch out.
+Everything is loaded at first use (PEP 562): `import fastmon` costs nothing but itself, and reading a run's log or
+METRICS leaves torch out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HOME = dict.fromkeys(_OPS, "fastmon.ops") | {
     "Monitor": "fastmon.monitor",
     "compute_weight_spectral_norms": "fastmon.monitors.spectral",
 }
-_MODULES = ("backend", "findings", "ops", "optim")
+_MODULES = ("backend", "ops", "optim")
 
 __all__ = [
     "METRICS",

@@ -20,7 +20,7 @@ CODE = [
 
 # Each room may import from the layers before its own, and from its own layer.
 LAYER = {
-    "kernels": 0, "device": 0, "metrics": 0, "schedules": 0, "findings": 0,
+    "kernels": 0, "device": 0, "metrics": 0, "schedules": 0,
     "backend": 1,
     "ops": 2,
     "plan": 3, "distributed": 3, "precision": 3,
@@ -30,7 +30,7 @@ LAYER = {
     "workloads": 7, "integrations": 7, "report": 7,
     "config": 8, "flags": 8, "cli": 8, "__main__": 8,
 }  # fmt: skip
-TORCH_FREE = ("findings", "metrics", "sinks", "report", "config", "flags")
+TORCH_FREE = ("metrics", "sinks", "report", "config", "flags")
 
 # Rooms that may wait for a device: the readback, evaluation, checkpoints, and the one documented synchronising call.
 MAY_WAIT = {
@@ -111,7 +111,7 @@ def test_train_is_lean():
 def test_nothing_waits_for_the_device(path):
     """No .item(), .tolist(), .numpy() and no float()/int()/bool() of a call on a tensor outside the rooms that may."""
     allowed = MAY_WAIT.get(str(path.relative_to(PACKAGE)), set())
-    if allowed is None or room(path) in ("checkpoint", "data", "report", "findings", "cli"):
+    if allowed is None or room(path) in ("checkpoint", "data", "report", "cli"):
         return
     found = []
     for function, node in _calls(ast.parse(path.read_text())):

@@ -152,8 +152,10 @@ def test_a_fallback_is_logged_once(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("fastmon.findings", ("torch",)),
-        ("fastmon", ("torch", "triton")),
+        ("fastmon", ("torch", "triton", "numpy")),
+        ("fastmon.metrics", ("torch",)),
+        ("fastmon.config", ("torch",)),
+        ("fastmon.report.runlog", ("torch",)),
         ("fastmon.ops", ("triton", "torch._dynamo", "torch._inductor")),
         ("fastmon.monitor", ("triton", "torch._dynamo", "torch._inductor")),
     ],
