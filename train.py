@@ -210,7 +210,7 @@ def train(job: Job, mon: Monitor, interruption: runs.Interruption) -> None:
                 scaler.scale(share).backward()
             loss += share.detach()
             if left:
-                mon.micro_step()
+                mon.micro_step(reduced=job.ranks.world_size == 1)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         if cfg.grad_clip > 0:

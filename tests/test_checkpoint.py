@@ -199,6 +199,44 @@ def test_a_full_disk_leaves_nothing_of_the_name(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_kill_at_any_flush_leaves_whole_checkpoints_alone(tmp_path, monkeypatch, replacing):
+    """Nothing of a name is there before all of it is, whichever write is the last one."""
+    for fatal in range(1, 20):
+        folder, done = tmp_path / str(fatal), 0
+        checkpoint.save(folder, 1, state(1))
+        if replacing:
+            checkpoint.save(folder, 2, state(3))
+
+        def flush(path, fatal=fatal, real=checkpoint.flush):
+            nonlocal done
+            done += 1
+            if done == fatal:
+                raise Killed
+            real(path)
+
+        with monkeypatch.context() as kill:
+            kill.setattr(checkpoint, "flush", flush)
+            kill.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # the dead tidy nothing up
+            try:
+                checkpoint.save(folder, 2, state(2))
+            except Killed:
+                pass
+            else:
+                assert fatal > 6  # four parts, the manifest, two folders
+                return
+        found = checkpoint.newest(folder, say=pytest.fail)
+        assert found is not None
+        step, path, loaded = found
+        assert step in (1, 2)
+        assert len(list(path.iterdir())) == 5
+        assert_same(loaded["model"], state({1: 1, 2: 3 if replacing and done < 7 else 2}[step])["model"])
+
+
 SAVER = """
 import sys, torch
 from pathlib import Path

@@ -93,6 +93,8 @@ with process_group("cpu") as ranks:
     for last in (False, True):  # two micro-batches: sums on each rank, the mean over ranks
         with accumulating(module, last=last):
             module(x).sum().backward()
+        if not last:  # nothing has travelled yet
+            assert module.module.weight.grad.tolist() == [[ranks.rank + 1.0] * 3]
     assert module.module.weight.grad.tolist() == [[3.0, 3.0, 3.0]]
     assert len(set(gather(module.module.weight.sum().item()))) == 1  # rank 0's weights on both
     try:
