@@ -15,6 +15,7 @@ namespace fastmon {
 namespace {
 
 constexpr int64_t kTaskElements = int64_t(1) << 19;  // matrix elements per task
+constexpr int64_t kMostTasks = 32;                    // per matrix: each holds a partial result of `block` vectors
 constexpr int64_t kSerialElements = int64_t(1) << 16;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
@@ -84,7 +85,7 @@ struct Pass {
       job.yy.resize(block * block);
       job.active = m.m > 0 && m.n > 0;
       if (!job.active) continue;
-      const int64_t rows = std::max<int64_t>(16, (kTaskElements / m.n + 15) / 16 * 16);
+      const int64_t rows = (std::max(kTaskElements / m.n, m.m / kMostTasks) / 16 + 1) * 16;
       for (int64_t row = 0; row < m.m; row += rows) tasks.push_back({i, row, std::min(rows, m.m - row)});
       job.tasks = int64_t(tasks.size()) - job.first;
       elements += m.m * m.n;

@@ -92,24 +92,32 @@ FASTMON_FN void sweep_one(const T* w, int64_t rows, int64_t stride, int64_t n, S
   *fro2 = total(fro) * s.square;
 }
 
-template <class T>
+template <class T, bool kScaled>
 FASTMON_FN Two load_row(const T* p, int64_t left, float scale) {
-  const Two w = left >= U ? load2(p) : load2_tail(p, left);
-  return {w.a * scale, w.b * scale};
+  Two w = left >= U ? load2(p) : load2_tail(p, left);
+  if (kScaled) w.a *= scale, w.b *= scale;
+  return w;
 }
 
-// R rows against K <= 4 vectors, y[r * block + k]; then the same rows onto K rows of z. Rows of v and z are `wide` apart.
-template <class T, int R, int K>
-static __attribute__((noinline)) void dots(const T* w, int64_t stride, int64_t n, int64_t wide, float scale, const float* v, int64_t block,
-                     float* y, double* fro2) {
+// R rows against K vectors, y[r * block + k]; then the same rows onto K rows of z. Rows of v and z are `wide` apart.
+template <class T, int R, int K, bool kScaled>
+static __attribute__((noinline)) void dots(const T* w, const T* ahead, int64_t stride, int64_t n, int64_t wide, float scale,
+                                           const float* v, int64_t block, float* y, double* fro2) {
   vf acc[R][K] = {}, f0 = {}, f1 = {};
   for (int64_t j = 0; j < n; j += U) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Two x = load_row(w + r * stride + j, n - j, scale);
+      if (fro2) {
+        __builtin_prefetch(ahead + r * stride + j, 0, 2);
+        if (sizeof(T) * U > 64) __builtin_prefetch(ahead + r * stride + j + VW, 0, 2);
+      }
+      const Two x = load_row<T, kScaled>(w + r * stride + j, n - j, scale);
       if (fro2) f0 += x.a * x.a, f1 += x.b * x.b;
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) acc[r][k] += x.a * load(v + k * wide + j) + x.b * load(v + k * wide + j + VW);
+      for (int k = 0; k < K; ++k) {
+        acc[r][k] += x.a * load(v + k * wide + j);
+        acc[r][k] += x.b * load(v + k * wide + j + VW);
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -117,36 +125,37 @@ static __attribute__((noinline)) void dots(const T* w, int64_t stride, int64_t n
   if (fro2) *fro2 += total(f0) + total(f1);
 }
 
-template <class T, int R, int K>
-static __attribute__((noinline)) void adds(const T* w, int64_t stride, int64_t n, int64_t wide, float scale, const float* c, int64_t block,
-                     float* z) {
+template <class T, int R, int K, bool kScaled>
+static __attribute__((noinline)) void adds(const T* w, int64_t stride, int64_t n, int64_t wide, float scale,
+                                           const float* c, int64_t block, float* z) {
+  vf weight[R][K];
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < K; ++k) weight[r][k] = splat(c[r * block + k]);
   for (int64_t j = 0; j < n; j += U) {
     Two x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) x[r] = load_row(w + r * stride + j, n - j, scale);
+    for (int r = 0; r < R; ++r) x[r] = load_row<T, kScaled>(w + r * stride + j, n - j, scale);
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
       vf z0 = load(z + k * wide + j), z1 = load(z + k * wide + j + VW);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) z0 += x[r].a * c[r * block + k], z1 += x[r].b * c[r * block + k];
+      for (int r = 0; r < R; ++r) z0 += x[r].a * weight[r][k], z1 += x[r].b * weight[r][k];
       store(z + k * wide + j, z0), store(z + k * wide + j + VW, z1);
     }
   }
 }
 
-template <class T, int R>
-static void rows_many(const T* w, int64_t stride, int64_t n, int64_t wide, Scale s, const float* v, int64_t block,
-                          float* z, double* yy, double* fro2) {
+// R rows against all vectors, four at a time and then one by one.
+template <class T, int R, bool kScaled>
+static void rows_many(const T* w, const T* ahead, int64_t stride, int64_t n, int64_t wide, Scale s, const float* v,
+                      int64_t block, float* z, double* yy, double* fro2) {
   float y[R * kMaxBlock], c[R * kMaxBlock];
-  for (int64_t k = 0; k < block; k += 4) {
+  for (int64_t k = 0; k < block;) {
     double* fro = k == 0 ? fro2 : nullptr;
-    const float* vk = v + k * wide;
-    switch (block - k) {
-      case 1: dots<T, R, 1>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
-      case 2: dots<T, R, 2>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
-      case 3: dots<T, R, 3>(w, stride, n, wide, s.load, vk, block, y + k, fro); break;
-      default: dots<T, R, 4>(w, stride, n, wide, s.load, vk, block, y + k, fro);
-    }
+    const bool four = block - k >= 4;
+    if (four) dots<T, R, 4, kScaled>(w, ahead, stride, n, wide, s.load, v + k * wide, block, y + k, fro);
+    else dots<T, R, 1, kScaled>(w, ahead, stride, n, wide, s.load, v + k * wide, block, y + k, fro);
+    k += four ? 4 : 1;
   }
   for (int r = 0; r < R; ++r) {
     for (int64_t k = 0; k < block; ++k) {
@@ -154,25 +163,28 @@ static void rows_many(const T* w, int64_t stride, int64_t n, int64_t wide, Scale
       for (int64_t l = 0; l < block; ++l) yy[k * block + l] += double(y[r * block + k]) * double(y[r * block + l]);
     }
   }
-  for (int64_t k = 0; k < block; k += 4) {
-    float* zk = z + k * wide;
-    switch (block - k) {
-      case 1: adds<T, R, 1>(w, stride, n, wide, s.load, c + k, block, zk); break;
-      case 2: adds<T, R, 2>(w, stride, n, wide, s.load, c + k, block, zk); break;
-      case 3: adds<T, R, 3>(w, stride, n, wide, s.load, c + k, block, zk); break;
-      default: adds<T, R, 4>(w, stride, n, wide, s.load, c + k, block, zk);
-    }
+  for (int64_t k = 0; k < block;) {
+    const bool four = block - k >= 4;
+    if (four) adds<T, R, 4, kScaled>(w, stride, n, wide, s.load, c + k, block, z + k * wide);
+    else adds<T, R, 1, kScaled>(w, stride, n, wide, s.load, c + k, block, z + k * wide);
+    k += four ? 4 : 1;
   }
 }
 
-template <class T>
+template <class T, bool kScaled>
 static void sweep_many(const T* w, int64_t rows, int64_t stride, int64_t n, int64_t wide, Scale s, const float* v,
-                           int64_t block, float* z, double* yy, double* fro2) {
+                       int64_t block, float* z, double* yy, double* fro2) {
   double fro = 0;
   for (int64_t k = 0; k < block * block; ++k) yy[k] = 0;
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) rows_many<T, 4>(w + r * stride, stride, n, wide, s, v, block, z, yy, &fro);
-  for (; r < rows; ++r) rows_many<T, 1>(w + r * stride, stride, n, wide, s, v, block, z, yy, &fro);
+  for (; r + 4 <= rows; r += 4) {
+    const T* at = w + r * stride;
+    rows_many<T, 4, kScaled>(at, r + 8 <= rows ? at + 4 * stride : at, stride, n, wide, s, v, block, z, yy, &fro);
+  }
+  for (; r < rows; ++r) {
+    const T* at = w + r * stride;
+    rows_many<T, 1, kScaled>(at, at, stride, n, wide, s, v, block, z, yy, &fro);
+  }
   for (int64_t k = 0; k < block * block; ++k) yy[k] *= s.square;
   *fro2 = fro * s.square;
 }
@@ -184,7 +196,8 @@ static void sweep_of(const Matrix& m, int64_t row, int64_t rows, Scale s, const 
   __builtin_memset(z, 0, size_t(block * wide) * sizeof(float));
   if (block == 1 && s.load == 1) sweep_one<T, false>(w, rows, m.stride, m.n, s, v, z, yy, fro2);
   else if (block == 1) sweep_one<T, true>(w, rows, m.stride, m.n, s, v, z, yy, fro2);
-  else sweep_many(w, rows, m.stride, m.n, wide, s, v, block, z, yy, fro2);
+  else if (s.load == 1) sweep_many<T, false>(w, rows, m.stride, m.n, wide, s, v, block, z, yy, fro2);
+  else sweep_many<T, true>(w, rows, m.stride, m.n, wide, s, v, block, z, yy, fro2);
 }
 
 static void sweep(const Matrix& m, int64_t row, int64_t rows, Scale s, const float* v, int64_t block, int64_t wide,
