@@ -21,7 +21,7 @@ CASES = [f"tests/kernels/{stem}.py" for stem in ("reductions", "newton_schulz", 
 def run_cases(interpret: bool) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *CASES, "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *CASES, "-p", "no:cacheprovider"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
