@@ -23,6 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # spinning threads on a busy CPU: 15 times slower, measured
+
 import torch
 from torch import Tensor, nn
 
@@ -75,11 +79,6 @@ OPTIMIZERS: dict[str, dict[str, Rule]] = {  # --optimizer -> the rule for each r
     "adamw": {"matrix": adamw, "other": adamw},
     "sgd": {"matrix": sgd, "other": sgd},
 }
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something with this interval happens at `step`; 0 is never."""
-    return interval > 0 and step % interval == 0
 
 
 @dataclass
@@ -221,9 +220,9 @@ def train(job: Job, mon: Monitor, interruption: runs.Interruption) -> None:
         job.step, job.samples = step, job.samples + cfg.batch_size * cfg.grad_accum
 
         stop, final = agreement.any(interruption.came), step == cfg.steps
-        saving = stop or final or due(step, cfg.save_interval)
+        saving = stop or final or step % (cfg.save_interval or cfg.steps) == 0
         losses: dict[str, float] = {}
-        if saving or due(step, cfg.val_interval):
+        if saving or step % (cfg.val_interval or cfg.steps) == 0:  # an interval of 0 is never
             with mon.pause("eval"):
                 losses = job.evaluate()
         mon.step(step, {"Loss/train_loss": loss, "Time/data_ms": data_ms, **losses})
