@@ -86,8 +86,12 @@ def test_preparing_leaves_the_state_alone():
     ws = [cases.gaussian(6, 5)]
     state = ops.spectral_state(ws)
     before = state.clone()
-    OPS["spectral_norm"].prepare(ws, state, 1)
+    with force("compile"):
+        prepared = OPS["spectral_norm"].prepare(ws, state, 1)
     assert torch.equal(state, before)
+    with force("eager"):
+        want = ops.spectral_norm(ws, state=before)
+    torch.testing.assert_close(prepared(ws, state, 1)[0], want.sigma)
 
 
 def test_a_refused_wish_lists_every_row_with_its_reason():
