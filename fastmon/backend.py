@@ -147,15 +147,18 @@ class Op:
     def facts(self, args: Sequence[Any], *, prepared: bool = False) -> Facts:
         """The facts that a choice for these arguments depends on."""
         tensors: list[Tensor] = []
+        named: set[torch.dtype] = set()  # asked for by an argument, such as compute_dtype
         for arg in args:
-            if isinstance(arg, Tensor):
+            if isinstance(arg, torch.dtype):
+                named.add(arg)
+            elif isinstance(arg, Tensor):
                 tensors.append(arg)
             elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
                 tensors.extend(arg)
         kind = tensors[0].device.type if tensors else "cpu"
         shapes = tuple(tuple(t.shape) for t in tensors) if self.by_shape else ()
         sm = hardware.sm(tensors[0].device) if kind == "cuda" else None
-        return Facts(kind, frozenset({t.dtype for t in tensors}), sm, prepared, shapes)
+        return Facts(kind, frozenset({t.dtype for t in tensors} | named), sm, prepared, shapes)
 
     def prepare(self, *args: Any) -> Callable[..., Any]:
         """A callable for lists shaped like `args`: the row is chosen, and compiled where it must be, now.

@@ -162,6 +162,19 @@ def test_zero_then_trained(row, block):
 
 
 @pytest.mark.parametrize("row", ROWS)
+def test_a_vector_that_misses_the_matrix_certifies_nothing(row):
+    """v orthogonal to every row: sigma is 0, and the residual says that it may be as large as |W|_F."""
+    w = torch.zeros(3, 4)
+    w[:, 1] = 2.0
+    with force(row):
+        state = ops.spectral_state([w])
+        state[HEADER : HEADER + 4] = torch.tensor([1.0, 0, 0, 0])
+        got = ops.spectral_norm([w], state=state)
+    assert got.sigma.item() == 0
+    assert_close(got.residual / 2**0.5, got.fro, 1e-5)
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_a_list_equals_a_loop_and_calls_repeat_bitwise(row):
     ws = [*cases.matrices(torch.float32).values(), torch.zeros(3, 4), torch.empty(0, 4), torch.empty(4, 0)]
     with force(row):

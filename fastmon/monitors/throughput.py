@@ -65,7 +65,8 @@ class Throughput(Base):
         scene, paused = self.scene, self.scene.paused_ms
         compiled = _compile_ms()
         values = {f"Time/{kind}_ms": ms for kind, ms in paused.items()}
-        if (compiling := compiled - self._compile_ms) > 0:
+        compiling = max(compiled - self._compile_ms, 0.0)
+        if compiling:
             values["Time/compile_ms"] = compiling
         step_ms = max(1e3 * (now - self._last) - sum(paused.values()) - compiling, 1e-3)
         self._last, self._compile_ms = now, compiled

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmon.backend import FLOATS, Impl, Op
 from fastmon.ops.inputs import as_matrices
 from fastmon.ops.scaling import two_to
-from fastmon.ops.spectral import TOLERANCE, Spectral, as_three, fake_norm, row_major, traffic
+from fastmon.ops.spectral import TOLERANCE, Spectral, as_three, fake_norm, one_vector, row_major, traffic
 from fastmon.ops.spectral_state import set_exponents, spectral_state, vectors_of
 from fastmon.ops.tridiagonal import largest_eigenpair
 
@@ -88,13 +88,16 @@ def lanczos_native(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor,
     return as_three(out)
 
 
+_TRITON = "fastmon.kernels.spectral:lanczos"
 lanczos_op = Op(
     "lanczos(Tensor[] ws, Tensor(a!) state, int iters) -> (Tensor sigma, Tensor residual, Tensor fro)",
     reference=lanczos_reference,
     fake=fake_norm,
     traffic=traffic,
     tolerance=TOLERANCE,
+    by_shape=True,
     impls=(
+        Impl("triton", _TRITON, device="cuda", dtypes=FLOATS, needs="triton", fits=one_vector),
         Impl("cpp", lanczos_native, device="cpu", dtypes=FLOATS, needs="extension"),
         Impl("compile", lanczos_reference, compiled=True),
         Impl("eager", lanczos_reference),

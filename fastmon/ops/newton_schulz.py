@@ -355,7 +355,7 @@ op = Op(
     traffic=traffic,
     tolerance=_TOLERANCE,
     impls=(
-        Impl("triton", "fastmon.kernels.newton_schulz:launch", device="cuda", needs="triton"),
+        Impl("triton", "fastmon.kernels.newton_schulz:launch", device="cuda", dtypes=FLOATS, needs="triton"),
         Impl("fused", fused, device="cpu"),
         Impl("compile", reference, compiled=True),
         Impl("eager", reference),

@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmon.backend import FLOATS, Impl, Op, Tolerance, Traffic
+from fastmon.backend import FLOATS, Facts, Impl, Op, Tolerance, Traffic
 from fastmon.ops.inputs import as_matrices, element_bytes
 from fastmon.ops.scaling import exponent, two_to
 from fastmon.ops.spectral_state import (
+    HEADER,
     block_of,
     check_state,
     pad16,
@@ -131,7 +132,8 @@ def finish_reference(
         nan = torch.full_like(sigma, torch.nan)
         none = torch.where(torch.isfinite(fro2[i]), torch.zeros_like(sigma), nan)
         out[0, i] = torch.where(good, sigma * scale, none)
-        out[1, i] = torch.where(good, residual * scale, none)
+        blind = 2**0.5 * fro2[i].sqrt() * scale  # v missed W altogether: all that is known is sigma_1 <= |W|_F
+        out[1, i] = torch.where(good, residual * scale, torch.where(zero, blind, none))
         out[2, i] = torch.where(torch.isfinite(fro2[i]), fro2[i].sqrt() * scale, nan)
         v.copy_(torch.where(good, _orthonormal(rotated), v))
         e.copy_(torch.where(good, exponent(out[2, i]), e))
@@ -215,6 +217,19 @@ def _finish_traffic(z: Tensor, yy: Tensor, fro2: Tensor, state: Tensor, ns: Sequ
     return Traffic(4 * (z.numel() + 2 * state.numel()), 6 * z.numel())
 
 
+def one_vector(facts: Facts) -> str | None:
+    """The device kernels hold one vector per matrix; a state is the only flat argument of its op."""
+    widths = [shape[1] for shape in facts.shapes if len(shape) == 2]
+    size = sum(shape[0] for shape in facts.shapes if len(shape) == 1)
+    alone = sum(HEADER + pad16(n) for n in widths)
+    return None if size == alone else "holds one vector per matrix, the state has more"
+
+
+def _one_by_one(facts: Facts) -> str | None:
+    return None if (facts.shapes[1][1:] == (1, 1)) else "holds one vector per matrix, the state has more"
+
+
+_KERNELS = "fastmon.kernels.spectral"
 _WHY = "fp32 mat-vecs of width n: rounding grows as sqrt(n) 6e-8; the iteration corrects the direction itself"
 TOLERANCE = {dtype: Tolerance(1e-4, 1e-6, _WHY) for dtype in FLOATS}
 
@@ -224,7 +239,11 @@ gram_op = Op(
     fake=_fake_half,
     traffic=traffic,
     tolerance=TOLERANCE,
+    by_shape=True,
     impls=(
+        Impl(
+            "triton", f"{_KERNELS}:gram_matvec", device="cuda", dtypes=FLOATS, needs="triton", fits=one_vector
+        ),
         Impl("cpp", gram_matvec_native, device="cpu", dtypes=FLOATS, needs="extension"),
         Impl("compile", gram_matvec_reference, compiled=True),
         Impl("eager", gram_matvec_reference),
@@ -237,7 +256,11 @@ finish_op = Op(
     fake=_fake_finish,
     traffic=_finish_traffic,
     tolerance=TOLERANCE,
-    impls=(Impl("eager", finish_reference),),
+    by_shape=True,
+    impls=(
+        Impl("triton", f"{_KERNELS}:spectral_finish", device="cuda", needs="triton", fits=_one_by_one),
+        Impl("eager", finish_reference),
+    ),
 )
 norm_op = Op(
     "spectral_norm(Tensor[] ws, Tensor(a!) state, int iters) -> (Tensor sigma, Tensor residual, Tensor fro)",
@@ -245,9 +268,15 @@ norm_op = Op(
     fake=fake_norm,
     traffic=traffic,
     tolerance=TOLERANCE,
+    by_shape=True,
     impls=(
         Impl(
-            "triton", "fastmon.kernels.spectral:spectral_norm", device="cuda", dtypes=FLOATS, needs="triton"
+            "triton",
+            f"{_KERNELS}:spectral_norm",
+            device="cuda",
+            dtypes=FLOATS,
+            needs="triton",
+            fits=one_vector,
         ),
         Impl("cpp", norm_native, device="cpu", dtypes=FLOATS, needs="extension"),
         Impl("compile", norm_reference, compiled=True),
