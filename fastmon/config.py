@@ -138,10 +138,10 @@ class Config:
 FIELDS = flags.fields_of(Config)
 
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "nano": {  # 3,072 tokens a step: 300 steps take two to three minutes on two cores of a CPU
+    "nano": {  # 4,096 tokens a step: 300 steps take two to three minutes on two cores of a CPU
         "seq_len": 128,
         "lr": 0.02,
-        "batch_size": 12,
+        "batch_size": 16,
         "grad_accum": 2,  # even, so that two processes can share it
         "steps": 300,
         "warmup": 20,

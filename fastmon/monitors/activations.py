@@ -56,6 +56,12 @@ class Recorder:
         neutral = torch.zeros(rows, device=scene.device)
         neutral[3], neutral[4] = torch.inf, -torch.inf
         self._neutral = neutral.expand_as(self.stats).contiguous()
+        # (call, tap) -> its places in both buffers; dtype -> the row that reads such outputs
+        self.places = [
+            [(self.counts[call, tap, :, None], self.stats[call, tap, :, None]) for tap in range(taps)]
+            for call in range(CALLS)
+        ]
+        self.readers: dict[torch.dtype, Any] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -92,11 +98,13 @@ def _tap(x: Tensor, counts: Tensor, stats: Tensor, flag: Tensor, recorder: int, 
     start = time.perf_counter()
     call = owner.calls[tap]
     owner.calls[tap] = min(call + 1, CALLS)
-    arguments = ([x], owner.order)
-    number, moment = choose(moments_op, moments_op.facts(arguments)).function()(*arguments)
+    if x.dtype not in owner.readers:
+        owner.readers[x.dtype] = choose(moments_op, moments_op.facts(([x], owner.order))).function()
+    number, moment = owner.readers[x.dtype]([x], owner.order)
     if call < CALLS - 1 and not capturing:
-        counts[call, tap].copy_(number[:, 0])
-        stats[call, tap].copy_(moment[:, 0])
+        into_counts, into_stats = owner.places[call][tap]
+        into_counts.copy_(number)
+        into_stats.copy_(moment)
     else:
         _ever_captured |= capturing
         _merge(counts[CALLS - 1, tap], stats[CALLS - 1, tap], number, moment, flag if capturing else None)
@@ -146,9 +154,9 @@ class _Hook:
             if isinstance(output, (tuple, list)):
                 output = output[0]
             if isinstance(output, Tensor) and output.is_floating_point():
-                torch.ops.fastmon.tap(
-                    output.detach(), self.counts, self.stats, self.flag, self.recorder, self.tap
-                )
+                # The dispatcher costs more than the read: only a graph needs it.
+                write = torch.ops.fastmon.tap if torch.compiler.is_compiling() else _tap
+                write(output.detach(), self.counts, self.stats, self.flag, self.recorder, self.tap)
 
 
 class Activations(Base):

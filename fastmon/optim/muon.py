@@ -23,8 +23,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastmon.ops import Polar, newton_schulz, pair_moments
+from fastmon.ops import Polar, newton_schulz
 from fastmon.ops.newton_schulz import METHODS, Method
+from fastmon.ops.pair_moments import op as pair_op
 from fastmon.optim import sharded
 
 COEFFICIENTS = METHODS["ns5"].coefficients[0]
@@ -77,10 +78,14 @@ class Muon(torch.optim.Optimizer):
         _check(defaults)
         self._norms = self._spectrum = False
         self._seen: dict[Tensor, dict[str, Tensor]] = {}
+        self._pairs: list[tuple[list[Tensor], Tensor, float | Tensor, float | Tensor]] = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if not hasattr(self, "_pairs"):  # copied or unpickled, not loaded
+            self._norms = self._spectrum = False
+            self._seen, self._pairs = {}, []
         for group in self.param_groups:  # a state dict of torch.optim.Muon knows no options of ours
             group.setdefault("split", 1)
             group.setdefault("method", None)
@@ -104,7 +109,7 @@ class Muon(torch.optim.Optimizer):
         do not depend on either.
         """
         self._norms, self._spectrum = norms, spectrum
-        self._seen = {}
+        self._seen, self._pairs = {}, []
 
     def observations(self) -> dict[Tensor, dict[str, Tensor]]:
         """What the last step did to each parameter that had a gradient: 0-d fp32 tensors on the device.
@@ -114,6 +119,7 @@ class Muon(torch.optim.Optimizer):
         was given (its result has all of them near 1), and "update_stable_rank" = |U|_F^2 / sigma^2; of several
         matrices in one parameter the largest and the mean. Sharded parameters have no norms here.
         """
+        self._add_norms()
         return self._seen
 
     @overload
@@ -127,7 +133,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._seen = {}
+        self._seen, self._pairs = {}, []
         for group in self.param_groups:
             for bucket in _buckets(group["params"]):  # one shape each
                 self._step(group, bucket)
@@ -192,16 +198,29 @@ class Muon(torch.optim.Optimizer):
         factors: list[Tensor],
         ratio: float,
     ) -> None:
-        """|lr wd w + lr ratio f| from |w|, |f| and their cosine: one read of both."""
-        pairs = pair_moments(weights, factors)
-        decay = group["weight_decay"] * pairs.x_l2
-        turn = ratio * pairs.y_l2
-        squares = decay**2 + turn**2 + 2 * decay * turn * torch.nan_to_num(pairs.cosine)
-        shape = (len(params), -1)
-        change = group["lr"] * squares.clamp(min=0).view(shape).sum(dim=1).sqrt()
-        self._note(
-            params, update_norm=change, param_norm=torch.linalg.vector_norm(pairs.x_l2.view(shape), dim=1)
+        """Read weights and results once; `observations` makes norms of it."""
+        self._pairs.append(
+            (params, pair_op(weights, factors), group["lr"] * group["weight_decay"], group["lr"] * ratio)
         )
+
+    def _add_norms(self) -> None:
+        """|lr wd w + lr ratio f| from |w|, |f| and their cosine, for all buckets together."""
+        if not self._pairs:
+            return
+        rows = [row for _, row, _, _ in self._pairs]
+        weight, cosine = torch.cat([row[4] for row in rows]), torch.cat([row[7] for row in rows])
+        decay = torch.cat([row[4] * factor for _, row, factor, _ in self._pairs])
+        turn = torch.cat([row[5] * factor for _, row, _, factor in self._pairs])
+        change = (decay.square() + turn.square() + 2 * decay * turn * cosine.nan_to_num()).clamp(min=0)
+        both = torch.stack([change, weight.square()])  # (2, pieces)
+        parts = both.split([row.shape[1] for row in rows], dim=1)
+        whole = [
+            part.view(2, len(params), -1).sum(dim=2)
+            for part, (params, *_) in zip(parts, self._pairs, strict=True)
+        ]
+        change, weight = torch.cat(whole, dim=1).sqrt().unbind(0)
+        self._note([p for params, *_ in self._pairs for p in params], update_norm=change, param_norm=weight)
+        self._pairs.clear()
 
     def _note(self, params: list[Tensor], **values: Tensor) -> None:
         for name, value in values.items():
