@@ -69,7 +69,7 @@ def test_rows_hold_the_presets_metrics():
             fastmon.metrics.lookup(name).name for row in sink.rows for name in (*row.values, *row.params)
         }
         absent = {
-            "Time/checkpoint_ms", "Time/compile_ms", "Time/host_ms", "Loss/val_loss", "Loss/loss_<task>",
+            "Time/checkpoint_ms", "Time/compile_ms", "Loss/val_loss", "Loss/loss_<task>",
             "Optimization/step_skipped", "Optimization/loss_scale", "Hardware/mfu", "Hardware/peak_memory_mb",
             "Hardware/reserved_memory_mb", "Hardware/allocated_memory_mb",
         }  # fmt: skip
@@ -150,7 +150,7 @@ def test_rows_that_arrive_late_come_in_order(monkeypatch):
     for step in range(5, 10):
         mon.step(step, {"Loss/train_loss": torch.tensor(float(step))})
     assert len(sink.rows) == 9 - SLOTS
-    assert ring.waited_ms > 0
+    assert sum(event.waited for event in ring.events) > 0
     mon.close()
     assert [sink[i]["Loss/train_loss"] for i in range(9)] == [float(step) for step in range(1, 10)]
     assert isinstance(ring, Readback)

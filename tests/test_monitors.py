@@ -65,6 +65,7 @@ def test_a_nonfinite_gradient_is_counted_and_named_at_its_step(poison):
         if step == 2:
             model.blocks[1].qkv.weight.grad[20, 3] = poison  # rows 16 to 31 are k
             model.blocks[1].proj.weight.grad[:2, 0] = poison
+            before = model.tok_emb.weight.detach().clone()
         mon.clip_grad_norm_(1.0)
         optimizer.step()
         mon.step(step)
@@ -77,8 +78,8 @@ def test_a_nonfinite_gradient_is_counted_and_named_at_its_step(poison):
     ]
     assert math.isnan(sink[1]["Optimization/grad_norm"])
     assert math.isfinite(sink[1]["Gradients/norm/tok_emb.weight"])
-    # The coefficient is 0: parameters with a finite gradient survive.
-    assert torch.isfinite(model.tok_emb.weight).all()
+    # The coefficient is 0: parameters with a finite gradient stay as they were.
+    assert torch.equal(model.tok_emb.weight, before)
     assert not torch.isfinite(model.blocks[1].proj.weight).all()
 
 

@@ -136,8 +136,10 @@ def test_taps_do_not_record_a_block_twice_under_checkpointing():
 def test_tap_schedules_and_hooks_that_go():
     model = Tiny()
     mon, sink = watch(model, every={"Activations/*": 3})
+    recorder = next(o for o in mon._observers if type(o).__name__ == "Activations")._recorder
     for step in range(1, 8):
         model(tokens(step))
+        assert bool(recorder.counts.any()) == (step in (1, 3, 6)), "an idle step records nothing"
         mon.step(step)
     assert [i + 1 for i in range(7) if "Activations/blocks.0_mean" in sink[i]] == [1, 3, 6]
     assert model.blocks[0]._forward_hooks
