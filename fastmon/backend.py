@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -84,7 +85,7 @@ class Impl:
 
     def function(self) -> Callable[..., Any]:
         """The callable itself; imports its module at the first call."""
-        return _resolve(self.target) if isinstance(self.target, str) else self.target
+        return resolve(self.target) if isinstance(self.target, str) else self.target
 
     def refuses(self, facts: Facts) -> str | None:
         """Why this row cannot serve `facts`, or None where it can."""
@@ -141,20 +142,15 @@ class Op:
         return self.overload(*args)
 
     def _dispatch(self, *args: Any) -> Any:
-        with hardware.trace(self.name):
-            return choose(self, self.facts(args)).function()(*args)
+        tensors = _tensors(args)
+        facts = self.facts(args)
+        with hardware.trace(self.name), _setting(tensors[0].device if tensors else _CPU):
+            return choose(self, facts).function()(*args)
 
     def facts(self, args: Sequence[Any], *, prepared: bool = False) -> Facts:
         """The facts that a choice for these arguments depends on."""
-        tensors: list[Tensor] = []
-        named: set[torch.dtype] = set()  # asked for by an argument, such as compute_dtype
-        for arg in args:
-            if isinstance(arg, torch.dtype):
-                named.add(arg)
-            elif isinstance(arg, Tensor):
-                tensors.append(arg)
-            elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-                tensors.extend(arg)
+        tensors = _tensors(args)
+        named = {arg for arg in args if isinstance(arg, torch.dtype)}  # asked for, such as compute_dtype
         kind = tensors[0].device.type if tensors else "cpu"
         shapes = tuple(tuple(t.shape) for t in tensors) if self.by_shape else ()
         sm = hardware.sm(tensors[0].device) if kind == "cuda" else None
@@ -171,7 +167,41 @@ class Op:
             function = torch.compile(function, fullgraph=True, dynamic=False)
             with torch.no_grad():
                 function(*(a.clone() if i in self.mutated else a for i, a in enumerate(args)))
-        return function
+        where = next((t.device for t in _tensors(args)), _CPU)
+
+        def run(*args: Any) -> Any:
+            with _setting(where):
+                return function(*args)
+
+        return run
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """The tensors among positional arguments, lists opened."""
+    found: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            found.extend(arg)
+    return found
+
+
+_CPU = torch.device("cpu")
+_NOTHING = contextlib.nullcontext()
+
+
+def _setting(where: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What an implementation runs in: the tensors' own GPU as the current one, and autocast off."""
+    autocast = torch.is_autocast_enabled(where.type)
+    if where.type != "cuda" and not autocast:
+        return _NOTHING
+    stack = contextlib.ExitStack()
+    if where.type == "cuda":
+        stack.enter_context(torch.cuda.device(where))
+    if autocast:
+        stack.enter_context(torch.autocast(where.type, enabled=False))
+    return stack
 
 
 _choices: dict[tuple[str, str | None, Facts], Impl] = {}
@@ -246,7 +276,7 @@ def compiler_missing(facts: Facts) -> str | None:
         return triton_missing()
     if (
         facts.device == "cpu"
-        and not shutil.which(os.environ.get("CXX", "g++"))
+        and not shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0])
         and not shutil.which("clang++")
     ):
         return "no C++ compiler on this machine"
@@ -260,7 +290,8 @@ _MISSING: dict[str, Callable[[], str | None]] = {
 
 
 @functools.cache
-def _resolve(path: str) -> Callable[..., Any]:
+def resolve(path: str) -> Callable[..., Any]:
+    """The function that "package.module:function" names; imports the module at the first call."""
     module, _, name = path.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,8 @@ def as_list(xs: Tensor | Sequence[Tensor], op: str) -> list[Tensor]:
             raise TypeError(f"{op} wants tensors, got {type(x).__name__} at position {i}")
         if not x.is_floating_point():
             raise TypeError(f"{op} wants floating-point tensors, got {x.dtype} at position {i}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{op} wants dense tensors, got layout {x.layout} at position {i}")
         if x.device != tensors[0].device:
             raise ValueError(f"{op} wants all tensors on one device, got {tensors[0].device} and {x.device}")
     return [x.detach() for x in tensors]

@@ -12,15 +12,17 @@ Cost      One read of the inputs. About 7 operations an element (order=4: 11).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmon.backend import FLOATS, Impl, Op, Tolerance, Traffic
+from fastmon.backend import FLOATS, Impl, Op, Tolerance, Traffic, resolve
 from fastmon.ops.inputs import as_list, as_one_range
 from fastmon.ops.scaling import power_of_two
+
+Row = Callable[[list[Tensor], int], tuple[Tensor, Tensor]]
 
 
 class Moments(NamedTuple):
@@ -107,21 +109,18 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """
     if (a.m4 is None) != (b.m4 is None) or a.mean.shape != b.mean.shape:
         raise ValueError("merge_moments wants two results of the same length and order")
-    n_a, n_b = a.numel.to(torch.float32), b.numel.to(torch.float32)
-    n = (n_a + n_b).clamp(min=1)
-    d = b.mean - a.mean
-    mean = a.mean + d * (n_b / n)
-    m2 = a.m2 + b.m2 + d * d * (n_a * n_b / n)
+    n = (a.numel + b.numel).clamp(min=1).to(torch.float32)
+    part_a, part_b = a.numel / n, b.numel / n  # ratios: powers of the counts would leave the range of fp32
+    both = (a.numel > 0) & (b.numel > 0)
+    d = torch.where(both, b.mean - a.mean, torch.zeros_like(a.mean))
+    mean = torch.where(both, a.mean + d * part_b, torch.where(a.numel > 0, a.mean, b.mean))
+    m2 = a.m2 + b.m2 + d * d * (n * part_a * part_b)
     high: tuple[Tensor, ...] = ()
     if a.m3 is not None and a.m4 is not None and b.m3 is not None and b.m4 is not None:
-        m3 = a.m3 + b.m3 + d**3 * (n_a * n_b * (n_a - n_b) / n**2)
-        m3 = m3 + 3 * d * (n_a * b.m2 - n_b * a.m2) / n
-        m4 = a.m4 + b.m4 + d**4 * (n_a * n_b * (n_a * n_a - n_a * n_b + n_b * n_b) / n**3)
-        m4 = (
-            m4
-            + 6 * d**2 * (n_a * n_a * b.m2 + n_b * n_b * a.m2) / n**2
-            + 4 * d * (n_a * b.m3 - n_b * a.m3) / n
-        )
+        m3 = a.m3 + b.m3 + d**3 * (n * part_a * part_b * (part_a - part_b))
+        m3 = m3 + 3 * d * (part_a * b.m2 - part_b * a.m2)
+        m4 = a.m4 + b.m4 + d**4 * (n * part_a * part_b * (part_a**2 - part_a * part_b + part_b**2))
+        m4 = m4 + 6 * d**2 * (part_a**2 * b.m2 + part_b**2 * a.m2) + 4 * d * (part_a * b.m3 - part_b * a.m3)
         high = (m3, m4)
     scale = power_of_two(torch.maximum(a.l2, b.l2))
     l2 = torch.hypot(a.l2 / scale, b.l2 / scale) * scale
@@ -148,9 +147,11 @@ def reference(xs: list[Tensor], order: int) -> tuple[Tensor, Tensor]:
         counts[:, i] = 0
         counts[0, i] = x.numel()
         if x.numel() == 0:
-            stats[:, i] = torch.tensor([0, 0, 0, torch.inf, -torch.inf, 0, 0, 0, 0][:rows])
+            stats[:, i] = 0
+            stats[3, i], stats[4, i] = torch.inf, -torch.inf
             continue
-        x = x.detach().reshape(-1).to(torch.float32)
+        x = x.detach().reshape(-1)
+        x = x if x.dtype == torch.float64 else x.to(torch.float32)
         counts[1, i] = (x == 0).sum()
         nonfinite = (~torch.isfinite(x)).sum()
         counts[2, i] = nonfinite
@@ -177,9 +178,16 @@ def native(xs: list[Tensor], order: int) -> tuple[Tensor, Tensor]:
     return counts, stats
 
 
+def on_device(xs: list[Tensor], order: int) -> tuple[Tensor, Tensor]:
+    """The Triton row; its kernels read `numel` elements in memory order, so the tensors are made dense first."""
+    launch: Row = resolve("fastmon.kernels.moments:launch")
+    return launch([as_one_range(x) for x in xs], order)
+
+
 def _allocate(xs: list[Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    where = xs[0].device if xs else None
-    return torch.empty(3, len(xs), dtype=torch.int64, device=where), torch.empty(rows, len(xs), device=where)
+    where, n = xs[0].device if xs else None, len(xs)
+    counts = torch.empty(3, n, dtype=torch.int64, device=where)
+    return counts, torch.empty(rows, n, dtype=torch.float32, device=where)
 
 
 def _fake(xs: list[Tensor], order: int) -> tuple[Tensor, Tensor]:
@@ -200,7 +208,7 @@ op = Op(
     traffic=traffic,
     tolerance={dtype: Tolerance(2e-5, 1e-6, _WHY) for dtype in FLOATS},
     impls=(
-        Impl("triton", "fastmon.kernels.moments:launch", device="cuda", dtypes=FLOATS, needs="triton"),
+        Impl("triton", on_device, device="cuda", dtypes=FLOATS, needs="triton"),
         Impl("cpp", native, device="cpu", dtypes=FLOATS, needs="extension"),
         Impl("compile", reference, compiled=True),
         Impl("eager", reference),

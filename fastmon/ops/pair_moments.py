@@ -10,56 +10,31 @@ Cost      One read of both lists, 9 operations a pair of elements. The peers rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmon.backend import FLOATS, Facts, Impl, Op, Tolerance, Traffic
+from fastmon.backend import FLOATS, Facts, Impl, Op, Tolerance, Traffic, resolve
 from fastmon.ops.inputs import as_list, as_same_range, element_bytes, same_shapes
 from fastmon.ops.moments import _norm_of
 from fastmon.ops.scaling import power_of_two
 
+Row = Callable[[list[Tensor], list[Tensor]], Tensor]
 
-class _Sums(NamedTuple):
+
+class PairMoments(NamedTuple):
+    """Per-pair results, each (n,) fp32. The sums are as fp32 stores them, the rest is right from 1e-30 to 1e30."""
+
     dot: Tensor
     xx: Tensor
     yy: Tensor
     dd: Tensor  # |x - y|^2
-
-
-class PairMoments(_Sums):
-    """Per-pair sums, each (n,) fp32: dot, xx, yy, dd = |x - y|^2; cosine and norms as properties."""
-
-    scaled: Tensor  # (4, n): |x|, |y|, |x - y|, cosine, right where the squares leave the range of fp32
-
-    @classmethod
-    def of(cls, rows: Tensor) -> PairMoments:
-        """From the op's result, (8, n): the four sums, then the four scaled values."""
-        result = cls(*rows[:4])
-        result.scaled = rows[4:]
-        return result
-
-    @property
-    def x_l2(self) -> Tensor:
-        """|x|, shape (n,)."""
-        return self.scaled[0]
-
-    @property
-    def y_l2(self) -> Tensor:
-        """|y|, shape (n,)."""
-        return self.scaled[1]
-
-    @property
-    def d_l2(self) -> Tensor:
-        """|x - y|, shape (n,)."""
-        return self.scaled[2]
-
-    @property
-    def cosine(self) -> Tensor:
-        """dot / (|x| |y|) in [-1, 1], shape (n,); NaN where a norm is 0."""
-        return self.scaled[3]
+    x_l2: Tensor  # |x|
+    y_l2: Tensor  # |y|
+    d_l2: Tensor  # |x - y|
+    cosine: Tensor  # dot / (|x| |y|) in [-1, 1]; NaN where a norm is 0
 
     @property
     def norm_ratio(self) -> Tensor:
@@ -85,18 +60,24 @@ def pair_moments(xs: Tensor | Sequence[Tensor], ys: Tensor | Sequence[Tensor]) -
     x, y = as_list(xs, "pair_moments"), as_list(ys, "pair_moments")
     same_shapes(x, y, "pair_moments")
     with torch.no_grad():
-        return PairMoments.of(op(x, y))
+        return PairMoments(*op(x, y))
 
 
 def reference(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     """(8, n) fp32: dot, xx, yy, dd, |x|, |y|, |x - y|, cosine, a pair at a time."""
-    rows = [_one_pair(x.reshape(-1).float(), y.reshape(-1).float()) for x, y in zip(xs, ys, strict=True)]
-    return torch.stack(rows, dim=1) if rows else torch.empty(8, 0)
+    rows = [_one_pair(*_same_type(x.reshape(-1), y.reshape(-1))) for x, y in zip(xs, ys, strict=True)]
+    return torch.stack(rows, dim=1).float() if rows else _fake(xs, ys)
+
+
+def _same_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in fp64 where one is, else both in fp32."""
+    wide = torch.float64 in (x.dtype, y.dtype)
+    return (x.double(), y.double()) if wide else (x.float(), y.float())
 
 
 def _one_pair(
-    x: Tensor,  # (numel,) fp32
-    y: Tensor,  # (numel,) fp32
+    x: Tensor,  # (numel,) fp32 or fp64
+    y: Tensor,  # (numel,) the same
 ) -> Tensor:
     if x.numel() == 0:
         return torch.cat([x.new_zeros(7), x.new_full((1,), torch.nan)])
@@ -121,8 +102,15 @@ def native(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     return out
 
 
+def on_device(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """The Triton row; its kernels read both sides in memory order, so they are brought into one order first."""
+    launch: Row = resolve("fastmon.kernels.pair_moments:launch")
+    pairs = [as_same_range(x, y) for x, y in zip(xs, ys, strict=True)]
+    return launch([x for x, _ in pairs], [y for _, y in pairs])
+
+
 def _fake(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    return torch.empty(8, len(xs), device=xs[0].device if xs else None)
+    return torch.empty(8, len(xs), dtype=torch.float32, device=xs[0].device if xs else None)
 
 
 def traffic(xs: list[Tensor], ys: list[Tensor]) -> Traffic:
@@ -134,7 +122,6 @@ def _one_dtype(facts: Facts) -> str | None:
     return None if len(facts.dtypes) <= 1 else "pairs of mixed dtypes go to the eager row"
 
 
-_TRITON = "fastmon.kernels.pair_moments:launch"
 _WHY = "fp32 products summed in chunks, chunks added in fp64; a dot that cancels is bounded by |x||y|"
 op = Op(
     "pair_moments(Tensor[] xs, Tensor[] ys) -> Tensor",
@@ -145,7 +132,7 @@ op = Op(
     impls=(
         Impl(
             "triton",
-            "fastmon.kernels.pair_moments:launch",
+            on_device,
             device="cuda",
             dtypes=FLOATS,
             needs="triton",

@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 
 _EXPONENT_BITS = 0x7F800000
+_EXPONENT_BITS_64 = 0x7FF0000000000000
 _SMALLEST = 2.0**-126  # the smallest normal fp32; stands in for zero and denormals
+_SMALLEST_64 = 2.0**-1022
 
 
 def power_of_two(
-    magnitude: Tensor,  # any shape, fp32, >= 0
+    magnitude: Tensor,  # any shape, fp32 or fp64, >= 0
 ) -> Tensor:
-    """The largest power of two <= magnitude (fp32, same shape), between 2^-126 and 2^127.
+    """The largest power of two <= magnitude (same shape and dtype), from 2^-126 (fp64: 2^-1022) up.
 
-    Zero and denormals give 2^-126. Inf and NaN give 1, so that dividing by the result keeps them as they are.
+    Zero and denormals give that smallest one. Inf and NaN give 1: dividing by the result keeps them as they are.
     """
-    bits = (magnitude.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    wide = magnitude.dtype == torch.float64
+    whole, mask = (torch.int64, _EXPONENT_BITS_64) if wide else (torch.int32, _EXPONENT_BITS)
+    bits = (magnitude.view(whole) & mask).view(magnitude.dtype)
     bits = torch.where(torch.isfinite(magnitude), bits, torch.ones_like(bits))
-    return bits.clamp(min=_SMALLEST)
+    return bits.clamp(min=_SMALLEST_64 if wide else _SMALLEST)
 
 
 def exponent(

@@ -62,8 +62,8 @@ def spectral_norm(
     fp32, bf16 or fp16. Raises ValueError for vectors and for a state of another size.
     """
     matrices = as_matrices(ws, "spectral_norm")
-    if iters < 1:
-        raise ValueError(f"iters is at least 1, got {iters}")
+    if not isinstance(iters, int) or iters < 1:
+        raise ValueError(f"iters is an integer, at least 1, got {iters!r}")
     with torch.no_grad():
         if state is None:
             state = spectral_state(matrices)
@@ -115,7 +115,7 @@ def finish_reference(
     count, block = len(ns), block_of(ns, state)
     values, q = jacobi(yy)  # descending; columns of q are the Ritz vectors
     s0 = values[:, 0].clamp(min=0).sqrt() if count else yy.new_zeros(0)  # |A v| of the top Ritz vector v
-    out = torch.empty(3, count, device=state.device)
+    out = torch.empty(3, count, dtype=torch.float32, device=state.device)
     at = 0
     for i, (e, v) in enumerate(vectors_of(state, ns)):
         n, width = ns[i], pad16(ns[i])
@@ -132,7 +132,9 @@ def finish_reference(
         nan = torch.full_like(sigma, torch.nan)
         none = torch.where(torch.isfinite(fro2[i]), torch.zeros_like(sigma), nan)
         out[0, i] = torch.where(good, sigma * scale, none)
-        blind = 2**0.5 * fro2[i].sqrt() * scale  # v missed W altogether: all that is known is sigma_1 <= |W|_F
+        blind = (
+            2**0.5 * fro2[i].sqrt() * scale
+        )  # v missed W altogether: all that is known is sigma_1 <= |W|_F
         out[1, i] = torch.where(good, residual * scale, torch.where(zero, blind, none))
         out[2, i] = torch.where(torch.isfinite(fro2[i]), fro2[i].sqrt() * scale, nan)
         v.copy_(torch.where(good, _orthonormal(rotated), v))
@@ -177,7 +179,7 @@ def gram_matvec_native(ws: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor,
 
 def norm_native(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
     """`fastmon_C::spectral_norm`: both halves, all iterations, in one call."""
-    out = torch.empty(3, len(ws))
+    out = torch.empty(3, len(ws), dtype=torch.float32)
     torch.ops.fastmon_C.spectral_norm(row_major(ws), state, out, iters)
     return as_three(out)
 

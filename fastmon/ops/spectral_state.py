@@ -7,6 +7,7 @@ not stored: the size of the state gives it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastmon.backend import FLOATS, Impl, Op, Tolerance, Traffic
 from fastmon.ops.inputs import as_matrices, element_bytes
+from fastmon.ops.moments import moments
 from fastmon.ops.moments import reference as moments_reference
 from fastmon.ops.scaling import exponent
 
@@ -34,21 +36,28 @@ def spectral_state(ws: Tensor | Sequence[Tensor], *, block: int = 1, seed: int =
 
 
 def state_reference(ws: list[Tensor], block: int, seed: int) -> Tensor:
-    """Every matrix's header and start vectors, laid end to end on the matrices' device."""
-    starts = [_start(w.shape[1], block, seed) for w in ws]
-    state = torch.cat(starts).to(ws[0].device) if starts else torch.empty(0)
-    heads = torch.tensor(offsets([w.shape[1] for w in ws], block)[:-1], dtype=torch.int64)
-    state[heads.to(state.device)] = exponent(_frobenius(ws))
-    return state
+    """Every matrix's header and start vectors, laid end to end on the matrices' device. One read of W."""
+    ns = [w.shape[1] for w in ws]
+    if not ns:
+        return torch.empty(0, dtype=torch.float32)
+    state = _upload(torch.cat([_start(n, block, seed) for n in ns]), ws[0].device)
+    heads = _upload(torch.tensor(offsets(ns, block)[:-1], dtype=torch.int64), ws[0].device)
+    return state.index_copy_(0, heads, exponent(moments(ws).l2))
 
 
+@functools.lru_cache(maxsize=64)
 def _start(n: int, block: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.zeros(block, pad16(n))
+    vectors = torch.zeros(block, pad16(n), dtype=torch.float32)
     if n:
         drawn = torch.randn(block, n, generator=generator, dtype=torch.float64)
         vectors[: min(block, n), :n] = torch.linalg.qr(drawn.T).Q.T.to(torch.float32)
-    return torch.cat([torch.zeros(HEADER), vectors.reshape(-1)])
+    return torch.cat([torch.zeros(HEADER, dtype=torch.float32), vectors.reshape(-1)])
+
+
+def _upload(host: Tensor, where: torch.device) -> Tensor:
+    """Onto the device without waiting for it."""
+    return host.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else host.to(where)
 
 
 def pad16(n: int) -> int:
@@ -93,7 +102,8 @@ def check_state(ws: list[Tensor], state: Tensor) -> None:
         )
     if ws and state.device != ws[0].device:
         raise ValueError(f"the state is on {state.device}, the matrices are on {ws[0].device}")
-    block_of([w.shape[1] for w in ws], state)
+    if not 1 <= block_of([w.shape[1] for w in ws], state) <= 8:
+        raise ValueError(f"a state of {state.numel()} floats does not belong to matrices of these widths")
 
 
 def _frobenius(ws: list[Tensor]) -> Tensor:
@@ -111,7 +121,7 @@ def set_exponents(ws: list[Tensor], state: Tensor) -> None:
 
 def _fake_state(ws: list[Tensor], block: int, seed: int) -> Tensor:
     total = offsets([w.shape[1] for w in ws], block)[-1]
-    return torch.empty(total, device=ws[0].device if ws else None)
+    return torch.empty(total, dtype=torch.float32, device=ws[0].device if ws else None)
 
 
 _WHY = "the vectors are drawn in fp64, orthonormalised and rounded once"
