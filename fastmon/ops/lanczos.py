@@ -5,7 +5,8 @@ What      sigma_1(W) within 1% on the hardest spectra (Gaussian), 1e-5 on power 
 Method    `iters` Lanczos steps with the one-read Gram mat-vec, reorthogonalised twice, then the top eigenpair of the
           tridiagonal in our own code (torch.linalg on a device waits for it). The top Ritz vector goes into the state.
 Numerics  As `spectral_norm`: fp32 on W 2^-e. An exhausted Krylov space (rank below `iters`) ends early and exactly.
-Cost      `iters` + 2 reads of W (one for the scale, one for |W|_F), 4 m n operations each, and 4 iters^2 n to reorthogonalise.
+Cost      `iters` + 2 reads of W (one for the scale, one for |W|_F), 4 m n operations each; 4 iters^2 n to
+          reorthogonalise.
 Source    Golub & Van Loan 4e, section 10.1; Kuczynski & Wozniakowski 1992 for the random start.
 """
 
