@@ -102,7 +102,10 @@ def _tap(x: Tensor, counts: Tensor, stats: Tensor, flag: Tensor, recorder: int, 
         owner.readers[x.dtype] = choose(moments_op, moments_op.facts(([x], owner.order))).function()
     number, moment = owner.readers[x.dtype]([x], owner.order)
     if call < CALLS - 1 and not capturing:
-        into_counts, into_stats = owner.places[call][tap]
+        if counts is owner.counts:
+            into_counts, into_stats = owner.places[call][tap]
+        else:  # a graph may pass copies of the buffers and write them back afterwards
+            into_counts, into_stats = counts[call, tap, :, None], stats[call, tap, :, None]
         into_counts.copy_(number)
         into_stats.copy_(moment)
     else:
