@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastmon
+from fastmon.monitors import spectral
 from fastmon.plan import split_param
 from tests.cases import spectra, with_spectrum
 from tests.tiny import Tiny, watch
@@ -50,17 +51,75 @@ def test_spectral_norms_track_moving_weights():
                 w.add_(torch.randn_like(w), alpha=0.01 * w.norm() / w.numel() ** 0.5)
 
 
+def moved(w, turn, seed):
+    """w with both its singular bases turned: an orthogonal step of size `turn` on either side, fp64 and back."""
+    g = torch.Generator().manual_seed(seed)
+    for dim in (0, 1):
+        skew = torch.randn(w.shape[dim], w.shape[dim], generator=g, dtype=torch.float64)
+        step = torch.matrix_exp((skew - skew.T) * (turn / (2 * w.shape[dim]) ** 0.5))
+        w = step @ w if dim == 0 else w @ step
+    return w
+
+
+def test_spectral_norms_follow_weights_that_turn_fast():
+    # As in a warm-up: values close together, and vectors that turn further than one power iteration follows.
+    torch.manual_seed(0)
+    n = 96
+    exact = torch.linspace(1, 0.5, n, dtype=torch.float64).pow(0.8)
+    exact[:3] = torch.tensor([1.0, 0.97, 0.94])
+    u, v = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q for _ in range(2))
+    w = u @ torch.diag(exact) @ v.T
+    model = Matrices(w)
+    mon, sink = watch(model)
+    for step in range(1, 51):
+        mon.step(step)
+        low = 1 - sink[-1]["Model/spectral_norm/layers.0"]
+        assert low < 0.01, f"step {step}: a lower bound within 1%"
+        assert low > -1e-5
+        w = moved(w, 0.25, step)
+        with torch.no_grad():
+            model.layers[0].copy_(w)
+
+
+def test_refinements_thin_out_on_resting_weights_and_come_back(monkeypatch):
+    model = Matrices(with_spectrum(50, 40, spectra(40)["power_1"]))
+    mon, _ = watch(model)
+    calls = []
+    lanczos = spectral.lanczos_op
+    monkeypatch.setattr(
+        spectral, "lanczos_op", lambda ws, s, k: (calls.append((mon._scene.step, k)), lanczos(ws, s, k))[1]
+    )
+    for step in range(1, 90):
+        mon.step(step)
+        if step == 79:
+            with torch.no_grad():
+                model.layers[0].copy_(with_spectrum(50, 40, spectra(40)["power_1"]).T.reshape(50, 40))
+    assert [step for step, k in calls if k == spectral.LANCZOS_STEPS] == [1, 2, 4, 8, 16, 32, 64]
+    refined = [step for step, k in calls if k == spectral.REFINE_STEPS]
+    assert [step for step in refined if 64 <= step <= 80] == [64, 72, 80], "at rest: every 8 steps"
+    assert 81 in refined, "a gain in step 80 calls for another"
+
+
+def test_restarts_thin_out():
+    steps = [1]
+    while steps[-1] < 300:
+        steps.append(spectral.next_restart(steps[-1]))
+    assert steps == [1, 2, 4, 8, 16, 32, 64, 100, 200, 300]
+    assert spectral.next_restart(73) == 100
+
+
 def test_a_restart_finds_a_value_that_has_overtaken_and_says_so():
     # The second direction grows past the first; the warm vector has no part in it, so it cannot notice by itself.
     w = torch.diag(torch.tensor([4.0, 1.0, 0.5, 0.25]))
     model = Matrices(w)
     mon, sink = watch(model)
-    mon.step(1)
+    for step in range(1, 66):
+        mon.step(step)
     observer = next(o for o in mon._observers if type(o).__name__ == "SpectralNorms")
     observer._state[16:20] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     with torch.no_grad():
         model.layers[0][1, 1] = 8.0
-    for step in range(2, 102):
+    for step in range(66, 102):
         mon.step(step)
     name = "Model/spectral_norm/layers.0"
     assert sink[98][name] == pytest.approx(4.0), "step 99: still on the old value"
