@@ -15,7 +15,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-CASES = [f"tests/kernels/{stem}.py" for stem in ("reductions", "newton_schulz", "spectral", "coverage")]
+CASES = [
+    f"tests/kernels/{stem}.py" for stem in ("reductions", "newton_schulz", "spectral", "public", "coverage")
+]
 
 
 def run_cases(interpret: bool) -> None:

@@ -374,6 +374,8 @@ def test_results_carry_no_gradient_and_the_generator_is_untouched():
         (lambda: newton_schulz(torch.ones(3, 3), compute_dtype=torch.float16), ValueError, "GPU"),
         (lambda: newton_schulz(torch.ones(3, 3), compute_dtype=torch.int8), ValueError, "compute_dtype"),
         (lambda: newton_schulz(torch.ones(3, 3), out_dtype=torch.int8), ValueError, "out_dtype"),
+        (lambda: newton_schulz(torch.ones(3, 3), out_dtype="bf16"), TypeError, "torch.dtype .* got 'bf16'"),
+        (lambda: newton_schulz(torch.ones(3, 3), compute_dtype="bf16"), TypeError, "compute_dtype .* got 'bf16'"),
         (lambda: newton_schulz([torch.ones(3, 3), torch.ones(3, 3, device="meta")]), ValueError, "device"),
     ],
 )  # fmt: skip

@@ -100,6 +100,11 @@ def row_major(ws: Sequence[Tensor]) -> list[Tensor]:
     return [w if w.stride(1) == 1 and w.stride(0) >= w.shape[1] else w.contiguous() for w in ws]
 
 
+def floats(*shape: int) -> Tensor:
+    """Return an empty fp32 tensor for an empty list, whatever torch's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32)
+
+
 def layout_of(ws: Sequence[Tensor], *, state: bool) -> Layout:
     """Return the `Layout` of row-major matrices."""
     shapes = tuple((w.shape[0], w.shape[1], w.stride(0)) for w in ws)
@@ -300,8 +305,8 @@ class Gram:
         pointers = addresses(ws)
         self.table = resident(pointers, lambda: pointers, self.device)
         self.meta, self.owner = self.layout.tables(self.device)
-        self.partial = torch.empty(self.layout.partials, device=self.device)
-        self.sums = torch.empty((3, self.layout.programs), device=self.device)
+        self.partial = torch.empty(self.layout.partials, dtype=torch.float32, device=self.device)
+        self.sums = torch.empty((3, self.layout.programs), dtype=torch.float32, device=self.device)
 
     def partials(self, vectors: Tensor, exponents: Tensor) -> None:
         """Read every W once and fill `partial` and `sums`; one launch for a dtype, alignment and width class."""

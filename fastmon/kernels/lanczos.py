@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gram import Gram, row_major
+from .gram import Gram, floats, row_major
 from .pointers import FUSION, exponent_of, pow2
 
 LANES = 128  # Sturm counts at a time: log2(129) bits a round
@@ -70,7 +70,9 @@ def pack(
     nothing = tl.where(known, 0.0, float("nan"))
     unit = pow2(e)
     tl.store(sigma_out + i, tl.where(good, sigma * unit, nothing))
-    tl.store(residual_out + i, tl.where(good, tl.load(slip + i) / sigma * unit, nothing))
+    # A start that missed W says nothing but sigma_1 <= |W|_F.
+    blind = tl.where(known, 1.4142135623730951 * tl.sqrt(square), float("nan"))
+    tl.store(residual_out + i, tl.where(good, tl.load(slip + i) / sigma, blind) * unit)
     tl.store(fro_out + i, tl.where(known, tl.sqrt(square) * unit, float("nan")))
     if good:
         v_ptr = state + tl.load(meta + 3 * count + i)
@@ -170,22 +172,22 @@ def lanczos(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor
     Reads every W `iters` times; about 20 small launches an iteration whatever the number of matrices.
     """
     if not ws:
-        return torch.empty(0), torch.empty(0), torch.empty(0)
+        return floats(0), floats(0), floats(0)
     ws = row_major(ws)
     gram = Gram(ws, state=False)
     packed = Gram(ws, state=True)
     device, count, width = state.device, len(ws), gram.layout.width
-    basis = torch.zeros((iters + 1, count, width), device=device)
-    exponents = torch.empty(count, device=device)
+    basis = torch.zeros((iters + 1, count, width), dtype=torch.float32, device=device)
+    exponents = torch.empty(count, dtype=torch.float32, device=device)
     blocks = max(1, triton.cdiv(width, BLOCK))
     unpack[(count, blocks)](
         packed.meta, state, basis[0], exponents, count, width, BLOCK=BLOCK, **LAUNCH, **FUSION
     )
-    alpha = torch.zeros((count, iters), device=device)
-    beta = torch.zeros((count, iters), device=device)
-    totals = torch.empty((3, count), device=device)
+    alpha = torch.zeros((count, iters), dtype=torch.float32, device=device)
+    beta = torch.zeros((count, iters), dtype=torch.float32, device=device)
+    totals = torch.empty((3, count), dtype=torch.float32, device=device)
     columns = gram.meta[count : 2 * count]
-    z = torch.empty((count, width), device=device)
+    z = torch.empty((count, width), dtype=torch.float32, device=device)
     for k in range(iters):
         gram.partials(basis[k], exponents)
         gram.total(z, totals, flat=False)
@@ -200,8 +202,8 @@ def lanczos(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor
         length = torch.where(going | ~torch.isfinite(length), length, 0.0)
         beta[:, k] = length
         basis[k + 1] = torch.where(going[:, None], rest / length[:, None], 0.0)
-    value = torch.empty(count, device=device)
-    vector = torch.empty((count, iters), device=device)
+    value = torch.empty(count, dtype=torch.float32, device=device)
+    vector = torch.empty((count, iters), dtype=torch.float32, device=device)
     top_eigenpair[(count,)](
         alpha,
         beta,
@@ -216,7 +218,7 @@ def lanczos(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, Tensor
     )
     ritz = (basis[:iters] * vector.T[:, :, None]).sum(0)
     slip = 2**0.5 * beta[:, -1] * vector[:, -1].abs()
-    sigma, residual, fro = (torch.empty(count, device=device) for _ in range(3))
+    sigma, residual, fro = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
     pack[(count,)](
         packed.meta,
         ritz,

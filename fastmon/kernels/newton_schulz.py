@@ -18,6 +18,7 @@ Sources: Keller Jordan's Muon (ns5); Polar Express, arXiv 2505.16932.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -246,18 +247,44 @@ def launch(
     (shared by all batches of a call), one to normalise, three a step (two for ns3). Non-contiguous inputs are
     copied once. No host sync.
     """
+    return run(xs, method, steps, compute_dtype, out_dtype)[0]
+
+
+def run(
+    xs: list[Tensor],
+    method: str,
+    steps: int,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+    probe: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return the factors; and with `probe` also |X|_F and the largest singular value, (2, count) fp32.
+
+    probe: the largest eigenvalues (batch,) of a batch of Gram matrices, which it must not write. It sees the first
+    one of every batch, X X^T / (margin |X|_F)^2 as the compute dtype rounded it, between two launches: the factors
+    are bit for bit those without it.
+    """
     outs = [torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device) for x in xs]
+    counts = [x.shape[:-2].numel() for x in xs]
+    found = None
+    if probe is not None:
+        device = xs[0].device if sum(counts) else None
+        found = torch.zeros((2, sum(counts)), dtype=torch.float32, device=device)
+    slots: list[int] = []  # column of every pair in `found`
     pairs: list[tuple[Tensor, Tensor]] = []  # (contiguous matrix, its result)
-    for x, out in zip(xs, outs, strict=True):
+    end = 0
+    for x, out, count in zip(xs, outs, counts, strict=True):
+        end += count
         if x.numel() == 0:
             continue
+        slots.extend(range(end - count, end))
         x = x.contiguous()
         if x.ndim == 2:
             pairs.append((x, out))
         else:
             pairs.extend(zip(x.flatten(0, -3).unbind(), out.flatten(0, -3).unbind(), strict=True))
     if not pairs:
-        return outs
+        return outs, found
     norms = moments.launch([x for x, _ in pairs], 2)[1][6]
     groups: dict[tuple[object, ...], list[int]] = {}
     for position, (x, out) in enumerate(pairs):
@@ -270,8 +297,13 @@ def launch(
             picked = norms
             if len(index) < len(pairs):
                 picked = norms[resident(index, partial(tuple, index), norms.device)]
-            solve([pairs[i] for i in batch], picked, method, steps, compute_dtype)
-    return outs
+            top = solve([pairs[i] for i in batch], picked, method, steps, compute_dtype, probe)
+            if found is not None and top is not None:
+                columns = tuple(slots[i] for i in batch)
+                where = resident(columns, partial(tuple, columns), norms.device)
+                sigma = picked * SCHEDULES[method][1] * top.float().sqrt()
+                found.index_copy_(1, where, torch.stack([picked, sigma]))
+    return outs, found
 
 
 def solve(
@@ -282,8 +314,9 @@ def solve(
     method: str,
     steps: int,
     compute_dtype: torch.dtype,
-) -> None:
-    """Run one batch."""
+    probe: Callable[[Tensor], Tensor] | None,
+) -> Tensor | None:
+    """Run one batch; return what `probe` says of its first Gram matrices."""
     x, out = pairs[0]
     device, batch = x.device, len(pairs)
     rows, columns = x.shape
@@ -321,12 +354,14 @@ def solve(
     across = triton.cdiv(m, tile.block)
     triangle, rectangle = (across * (across + 1) // 2, batch), (across * triton.cdiv(n, tile.block), batch)
     even_m, even_n = m % tile.depth == 0, n % tile.depth == 0
-    known = SCHEDULES[method][0]
+    known, top = SCHEDULES[method][0], None
     for step in range(steps):
         a, b, c = known[min(step, len(known) - 1)]
         symmetric[triangle](
             now, now, gram, m, n, numel, stride_m, stride_n, 1.0, 0.0, ADD=False, EVEN=even_n, **shared
         )
+        if probe is not None and step == 0:
+            top = probe(gram)
         factor, beta = gram, b
         if c != 0.0:
             symmetric[triangle](gram, gram, poly, m, m, m * m, m, 1, c, b, ADD=True, EVEN=even_m, **shared)
@@ -350,3 +385,4 @@ def solve(
             **shared,
         )
         now, after = after, now
+    return top

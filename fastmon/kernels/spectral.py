@@ -2,7 +2,8 @@
 
 `gram` computes z = W'^T (W' v) for W' = W 2^-e; the kernel here turns it into sigma, residual and |W|_F and moves
 the state on: v <- z / |z|, e <- floor(log2 |W|_F). All of it depends on device values only, selected on the device:
-a zero matrix reports 0, a non-finite one NaN, and both leave their state as it was. Where the exponent is so far
+a zero matrix reports 0, a non-finite one NaN, and both leave their state as it was; a vector that missed W (W v = 0)
+reports 0 with the residual sqrt(2) |W|_F, which is all that is known then. Where the exponent is so far
 off that the squares left fp32's range (W grew or shrank by 2^50 since the last call), this call reports NaN and
 sets the exponent from the absmax, so that the next one is right.
 
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gram import Gram, layout, row_major
+from .gram import Gram, floats, layout, row_major
 from .lanczos import lanczos
 from .pointers import FUSION, exponent_of, pow2
 
@@ -110,8 +111,9 @@ def finish(
     unit = pow2(tl.minimum(tl.maximum(e, -126), 127))
     residual = slip * tl.sqrt(tl.maximum(3.0 * sigma - s0, 0.0) / (sigma + s0))
     fro = tl.sqrt(fro2)
+    blind = tl.where(known, 1.4142135623730951 * fro, float("nan"))  # v missed W: sigma_1 <= |W|_F, no more
     tl.store(sigma_out + i, tl.where(good, sigma * unit, nothing))
-    tl.store(residual_out + i, tl.where(good, residual * unit, nothing))
+    tl.store(residual_out + i, tl.where(good, residual, blind) * unit)
     tl.store(fro_out + i, tl.where(known, fro * unit, float("nan")))
 
     if good:
@@ -138,7 +140,7 @@ def run_finish(
     summed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `finish` and return sigma, residual and |W|_F, (count,) each and with memory of their own."""
-    sigma, residual, fro = (torch.empty(count, device=state.device) for _ in range(3))
+    sigma, residual, fro = (torch.empty(count, dtype=torch.float32, device=state.device) for _ in range(3))
     finish[(count,)](
         gram_meta,
         partial,
@@ -164,7 +166,7 @@ def spectral_norm(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, 
     the numbers mean. Reads every W once an iteration.
     """
     if not ws:
-        return torch.empty(0), torch.empty(0), torch.empty(0)
+        return floats(0), floats(0), floats(0)
     ws = row_major(ws)
     gram = Gram(ws, state=True)
     results = (state, state, state)
@@ -179,12 +181,12 @@ def spectral_norm(ws: list[Tensor], state: Tensor, iters: int) -> tuple[Tensor, 
 def gram_matvec(ws: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return z (flat), yy (count, 1, 1) and |W'|_F^2 (count,): the half before a sum over shards."""
     if not ws:
-        return torch.empty(0), torch.empty(0, 1, 1), torch.empty(0)
+        return floats(0), floats(0, 1, 1), floats(0)
     ws = row_major(ws)
     gram = Gram(ws, state=True)
     gram.partials(state, state)
-    z = torch.empty(gram.layout.flat, device=state.device)
-    totals = torch.empty((3, len(ws)), device=state.device)
+    z = torch.empty(gram.layout.flat, dtype=torch.float32, device=state.device)
+    totals = torch.empty((3, len(ws)), dtype=torch.float32, device=state.device)
     gram.total(z, totals, flat=True)
     return z, totals[0].clone().view(-1, 1, 1), totals[1].clone()
 
@@ -194,7 +196,7 @@ def spectral_finish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sigma, residual, fro from (summed) halves; the state moves on."""
     if not len(ns):
-        return torch.empty(0), torch.empty(0), torch.empty(0)
+        return floats(0), floats(0), floats(0)
     described = layout(tuple((0, n, n) for n in ns), ((torch.float32, True),) * len(ns), True)
     sums = torch.stack([yy.reshape(-1), fro2])
     meta = described.tables(state.device)[0]

@@ -20,6 +20,7 @@ Sources   Keller Jordan's Muon (ns5); Polar Express, arXiv 2505.16932; Gram form
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, overload
@@ -27,7 +28,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastmon.backend import FLOATS, Impl, Op, Tolerance, Traffic
+from fastmon.backend import FLOATS, Impl, Op, Tolerance, Traffic, resolve
 from fastmon.ops import symmetric
 from fastmon.ops.inputs import as_list, element_bytes
 from fastmon.ops.scaling import power_of_two
@@ -129,12 +130,15 @@ def newton_schulz(
 ) -> Tensor | list[Tensor] | Polar:
     """The approximate polar factor U V^T of every matrix X = U S V^T; same shapes, no host sync.
 
-    method: "ns5" (5 steps by default), "ns3" (8), "polar-express" (5), or a Method with coefficients of your own,
-    which runs the reference. compute_dtype: dtype of the products, bf16 by default (fp32 on a CPU without bf16
-    arithmetic). out_dtype: the input's by default. return_moments: a `Polar` with |X|_F, sigma_max and the stable
-    rank besides; sigma_max comes from 16 Lanczos steps on the first Gram matrix as compute_dtype rounded it:
-    within 0.5% on every spectrum of the tests.
-    Raises TypeError for tensors that are not floating, ValueError for vectors, unknown methods and dtypes.
+    method: "ns5" (5 steps by default), "ns3" (8), "polar-express" (5), or a Method with coefficients of your own:
+    that one always runs the plain products of the reference, autocast off, whatever backend is forced.
+    compute_dtype: dtype of the products, bf16 by default (fp32 on a CPU without bf16 arithmetic). out_dtype: the
+    input's by default. fp64 matrices are scaled in fp64, so their whole range works; products are fp64 only where
+    compute_dtype says so. return_moments: a `Polar` with |X|_F, sigma_max and the stable rank besides, which
+    changes no bit of the factors; sigma_max comes from 16 Lanczos steps on the first Gram matrix as compute_dtype
+    rounded it: within 0.5% on every spectrum of the tests.
+    Raises TypeError for tensors that are not floating and for dtypes that are not a torch.dtype, ValueError for
+    vectors, unknown methods and dtypes that do not serve.
     """
     tensors = as_list(x, "newton_schulz")
     for i, t in enumerate(tensors):
@@ -146,15 +150,20 @@ def newton_schulz(
     steps = known.steps if steps is None else steps
     if not isinstance(steps, int) or not 1 <= steps < 100:
         raise ValueError(f"steps is an integer from 1 to 99, got {steps!r}")
+    for name, dtype in (("compute_dtype", compute_dtype), ("out_dtype", out_dtype)):
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{name} is a torch.dtype such as torch.bfloat16, or None, got {dtype!r}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype is a floating dtype, got {out_dtype}")
     kind = tensors[0].device.type if tensors else "cpu"
     compute = _compute_dtype(kind, compute_dtype)
     with torch.no_grad():
         if isinstance(method, Method):
-            factors, moments = _solve(
-                tensors, method, steps, compute, out_dtype, _plain, probe=return_moments
-            )
+            autocast = torch.amp.is_autocast_available(kind)  # else there is nothing to switch off
+            with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+                factors, moments = _solve(
+                    tensors, method, steps, compute, out_dtype, _plain, probe=return_moments
+                )
         elif return_moments:
             factors, moments = moments_op(tensors, method, steps, compute, out_dtype)
         else:
@@ -186,6 +195,7 @@ def _compute_dtype(kind: str, wish: torch.dtype | None) -> torch.dtype:
 
 
 Solver = Callable[..., tuple[Tensor, Tensor | None]]
+Moments = tuple[list[Tensor], Tensor]
 
 
 def reference(
@@ -197,7 +207,7 @@ def reference(
 
 def moments_reference(
     xs: list[Tensor], method: str, steps: int, compute_dtype: torch.dtype, out_dtype: torch.dtype | None
-) -> tuple[list[Tensor], Tensor]:
+) -> Moments:
     """The same with (2, count) fp32: |X|_F and sigma_max of every matrix."""
     return _solve(xs, METHODS[method], steps, compute_dtype, out_dtype, _plain, probe=True)
 
@@ -211,9 +221,17 @@ def fused(
 
 def moments_fused(
     xs: list[Tensor], method: str, steps: int, compute_dtype: torch.dtype, out_dtype: torch.dtype | None
-) -> tuple[list[Tensor], Tensor]:
+) -> Moments:
     """The CPU row with the moments."""
     return _solve(xs, METHODS[method], steps, compute_dtype, out_dtype, _fused, probe=True)
+
+
+def moments_on_device(
+    xs: list[Tensor], method: str, steps: int, compute_dtype: torch.dtype, out_dtype: torch.dtype | None
+) -> Moments:
+    """The Triton row with the moments: the same launches, and a look at the first Gram matrix in between."""
+    run: Callable[..., Moments] = resolve("fastmon.kernels.newton_schulz:run")
+    return run(xs, method, steps, compute_dtype, out_dtype, symmetric.largest_eigenvalue)
 
 
 def _solve(
@@ -225,12 +243,12 @@ def _solve(
     solver: Solver,
     *,
     probe: bool,
-) -> tuple[list[Tensor], Tensor]:
+) -> Moments:
     """Group the matrices by shape, normalise, iterate with `solver`, write the results back in order."""
     outs = [torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device) for x in xs]
     sources = [matrix for x in xs for matrix in _matrices(x)]
     targets = [matrix for out in outs for matrix in _matrices(out)]
-    moments = [torch.zeros(2, device=x.device) for x in sources] if probe else []
+    moments = [torch.zeros(2, dtype=torch.float32, device=x.device) for x in sources] if probe else []
     for chunk in _chunks(sources):
         m, n = sources[chunk[0]].shape
         x, fro = _normalised([sources[k] for k in chunk], compute, method.margin)
@@ -239,21 +257,24 @@ def _solve(
             targets[k].copy_(y[i])
             if top is not None:
                 moments[k] = torch.stack([fro[i], fro[i] * method.margin * top[i].sqrt()]).float()
-    return outs, torch.stack(moments, dim=1) if moments else torch.zeros(2, 0)
+    return outs, torch.stack(moments, dim=1) if moments else torch.zeros(2, 0, dtype=torch.float32)
 
 
 def _matrices(x: Tensor) -> list[Tensor]:
-    return [x] if x.ndim == 2 else list(x.reshape(-1, *x.shape[-2:]).unbind(0))
+    return [x] if x.ndim == 2 else list(x.flatten(0, -3).unbind(0))
 
 
 def _chunks(matrices: list[Tensor]) -> list[list[int]]:
-    """Positions of the matrices of one shape, in batches that fit the machine; empty matrices are left out."""
-    shapes: dict[torch.Size, list[int]] = {}
+    """Positions of the matrices of one shape, in batches that fit the machine; empty matrices are left out.
+
+    fp64 matrices keep to themselves: their norms are taken in fp64.
+    """
+    shapes: dict[tuple[torch.Size, bool], list[int]] = {}
     for k, matrix in enumerate(matrices):
         if matrix.numel():
-            shapes.setdefault(matrix.shape, []).append(k)
+            shapes.setdefault((matrix.shape, matrix.dtype == torch.float64), []).append(k)
     chunks = []
-    for shape, members in shapes.items():
+    for (shape, _), members in shapes.items():
         kind = matrices[members[0]].device.type
         size = max(1, BATCH.get(kind, BATCH["cuda"]) // shape.numel())
         if kind == "cpu" and min(shape) >= ALONE:
@@ -274,7 +295,7 @@ def _normalised(
     for i, matrix in enumerate(matrices):
         x[i].copy_(matrix)
     peak = torch.maximum(x.amax(dim=(1, 2), keepdim=True), -x.amin(dim=(1, 2), keepdim=True))
-    scale = power_of_two(peak.float()).to(exact)
+    scale = power_of_two(peak)
     lines = torch.linalg.vector_norm(
         x.mul_(1 / scale), dim=2, keepdim=True
     )  # (B, rows, 1): one long fp32 sum drifts
@@ -323,10 +344,10 @@ def _fake(
 
 def _moments_fake(
     xs: list[Tensor], method: str, steps: int, compute_dtype: torch.dtype, out_dtype: torch.dtype | None
-) -> tuple[list[Tensor], Tensor]:
+) -> Moments:
     count = sum(x.shape[:-2].numel() for x in xs)
-    device = xs[0].device if count else "cpu"
-    return _fake(xs, method, steps, compute_dtype, out_dtype), torch.empty(2, count, device=device)
+    moments = torch.empty(2, count, dtype=torch.float32, device=xs[0].device if count else "cpu")
+    return _fake(xs, method, steps, compute_dtype, out_dtype), moments
 
 
 def traffic(
@@ -368,6 +389,7 @@ moments_op = Op(
     traffic=traffic,
     tolerance=_TOLERANCE,
     impls=(
+        Impl("triton", moments_on_device, device="cuda", dtypes=FLOATS, needs="triton"),
         Impl("fused", moments_fused, device="cpu"),
         Impl("compile", moments_reference, compiled=True),
         Impl("eager", moments_reference),

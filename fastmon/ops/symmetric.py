@@ -163,7 +163,7 @@ def _hashed(
     like: Tensor,
 ) -> Tensor:
     """A fixed unit vector, (1, m, 1), with entries as good as independent."""
-    h = torch.arange(1, m + 1, device=like.device) * 2654435761 & 0xFFFFFFFF
+    h = torch.arange(1, m + 1, dtype=torch.int64, device=like.device) * 2654435761 & 0xFFFFFFFF
     h = (h ^ (h >> 15)) * 2246822519 & 0xFFFFFFFF
     h = (h ^ (h >> 13)) * 3266489917 & 0xFFFFFFFF
     v: Tensor = (h >> 9).to(like.dtype) / 2**22 - 1

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from fastmon.kernels import newton_schulz
-from tests.compare import assert_equal, assert_unwritten, bits
+from fastmon.ops.newton_schulz import METHODS
+from fastmon.ops.symmetric import largest_eigenvalue
+from tests.compare import assert_close, assert_equal, assert_unwritten, bits
 from tests.kernels.conftest import DEVICE, INF, NAN
 
 
@@ -28,6 +30,11 @@ def test_polar_express_coefficients():
         s = a * s + b * s**3 + c * s**5
     assert s.min() > 0.858
     assert s.max() < 1.142
+
+
+def test_the_kernels_coefficients_are_the_ops():
+    ours = {name: (known.coefficients, known.margin) for name, known in METHODS.items()}
+    assert ours == newton_schulz.SCHEDULES
 
 
 MATRICES = {
@@ -91,3 +98,24 @@ def test_newton_schulz_batch_equals_loop_and_repeats_bit_for_bit():
     for i, x in enumerate(xs):
         assert_equal(together[i], again[i], "two calls")
         assert_equal(together[i], newton_schulz.launch([x], "ns5", 2, torch.bfloat16, None)[0], "alone")
+
+
+@pytest.mark.parametrize(("method", "compute"), [("ns5", torch.bfloat16), ("polar-express", torch.float32)])
+def test_moments_change_no_bit_of_the_factors(method, compute):
+    xs = [torch.randn(shape, device=DEVICE) for shape in MATRICES.values()]
+    xs += [xs[0] * 1e-30, xs[1] * 1e30, xs[3].mT, xs[4].bfloat16(), torch.zeros(5, 6, device=DEVICE)]
+    xs += [torch.full((4, 4), NAN, device=DEVICE), torch.empty(2, 0, 3, device=DEVICE)]
+    plain = newton_schulz.launch(xs, method, 2, compute, None)
+    factors, moments = newton_schulz.run(xs, method, 2, compute, None, largest_eigenvalue)
+    for want, got in zip(plain, factors, strict=True):
+        assert_equal(got, want, "with moments")
+    singles = [one.double().cpu() for x in xs for one in (x.flatten(0, -3) if x.ndim > 2 else [x])]
+    fro, sigma = moments.cpu()
+    assert moments.dtype == torch.float32
+    assert len(singles) == moments.shape[1]
+    assert_close(fro, torch.stack([one.norm() for one in singles]), rtol=1e-5)
+    known = [one.isfinite().all() and one.numel() > 0 for one in singles]
+    largest = [
+        torch.linalg.svdvals(one)[0] if k else one.sum() for one, k in zip(singles, known, strict=True)
+    ]
+    assert_close(sigma, torch.stack(largest), rtol=1e-2 if compute == torch.bfloat16 else 5e-3)

@@ -159,3 +159,28 @@ def test_lanczos():
         assert not padding.any()
     head = sum(16 + (w.shape[1] + 15) // 16 * 16 for w in ws[:1])
     assert_equal(state[head : head + 32], before[head : head + 32], "the zero matrix's state")
+
+
+def blind() -> tuple[Tensor, Tensor]:
+    """A matrix and a state whose vector is orthogonal to all of its rows."""
+    w = torch.zeros(4, 16, device=DEVICE)
+    w[0, 3] = 5.0
+    state = torch.zeros(32, device=DEVICE)
+    state[0], state[16] = 2.0, 1.0  # |W|_F is in [2^2, 2^3), v = e_0
+    return w, state
+
+
+def test_a_vector_that_missed_the_matrix_certifies_nothing():
+    w, state = blind()
+    runs = {
+        "spectral_norm": lambda s: spectral.spectral_norm([w], s, 1),
+        "halves": lambda s: spectral.spectral_finish(*spectral.gram_matvec([w], s), s, [16]),
+        "lanczos": lambda s: spectral.lanczos([w], s, 4),
+    }
+    for name, run in runs.items():
+        after = state.clone()
+        sigma, residual, fro = (r.item() for r in run(after))
+        assert sigma == 0, name
+        assert abs(residual - 5 * 2**0.5) < 1e-5, name
+        assert fro == 5, name
+        assert_equal(after, state, f"{name}: the state stays")
