@@ -164,6 +164,12 @@ class Op:
         impl = choose(self, self.facts(args, prepared=True))
         function = impl.function()
         if impl.compiled:
+            log.warning(
+                "compiling fastmon::%s for %d tensors, once: about a second a tensor the first time. The C++ "
+                "extension (pip install --no-build-isolation, with a compiler) needs no such wait",
+                self.name,
+                len(_tensors(args)),
+            )
             function = torch.compile(function, fullgraph=True, dynamic=False)
             with torch.no_grad():
                 function(*(a.clone() if i in self.mutated else a for i, a in enumerate(args)))
