@@ -5,9 +5,9 @@
     torchrun --nproc-per-node=2 train.py                 the same losses from two processes
     python train.py --resume                             go on with the newest run
 
-What differs between jobs is a workload (fastmon/workloads); configuration, run folder, checkpoints and ranks have
-rooms of their own. Here are the table of roles and the loop. Exit codes: 0 done; 2 a wish that cannot be met,
-said in one sentence; 128 + n stopped by signal n, ready to resume.
+What differs between jobs is a workload (fastmon/workloads); here are the table of roles and the loop. Exit codes:
+0 done; 2 a wish that cannot be met, said in one sentence; 128 + n stopped by signal n, ready to resume. Under
+torchrun the processes exit so; torchrun itself exits with 1 whenever one of them failed, after our sentence.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import torch
 from torch import Tensor, nn
 
-import fastmon.ops  # noqa: F401  registers the contracts that the start-up lines list
-from fastmon import backend, checkpoint, config, device, precision, runs, workloads
+from fastmon import checkpoint, config, device, precision, runs, workloads
 from fastmon.config import Config
 from fastmon.distributed import Agreement, Ranks, Refused, accumulating, gather, process_group, together, wrap
 from fastmon.flags import ConfigError
@@ -40,7 +39,7 @@ from fastmon.optim import Muon
 from fastmon.plan import split_param
 from fastmon.report.summary import write_summary
 from fastmon.schedules import factor
-from fastmon.sinks import Console, Jsonl, Sink
+from fastmon.sinks import Console, Fanout, Jsonl
 
 Optimizer = torch.optim.Optimizer
 Roles = dict[str, dict[str, nn.Parameter]]  # "matrix" (hidden weights) or "other" -> the parameters by name
@@ -51,10 +50,9 @@ def muon(roles: Roles, cfg: Config) -> Optimizer:
     """Muon with steps of AdamW's size, so that one learning rate serves both (arXiv 2502.16982, section 2.2)."""
     pieces: dict[int, list[nn.Parameter]] = {}  # a fused q, k, v is three matrices
     for name, parameter in roles["matrix"].items():
-        pieces.setdefault(len(split_param(name, parameter)) if parameter.ndim == 2 else 1, []).append(
-            parameter
-        )
-    groups = [{"params": parameters, "split": count} for count, parameters in pieces.items()]
+        count = len(split_param(name, parameter)) if parameter.ndim == 2 else 1
+        pieces.setdefault(count, []).append(parameter)
+    groups = [{"params": p, "split": n, "name": "matrix" if n == 1 else "qkv"} for n, p in pieces.items()]
     return Muon(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
@@ -69,9 +67,9 @@ def sgd(roles: Roles, cfg: Config) -> Optimizer:
 
 
 def decayed(roles: Roles, cfg: Config) -> list[dict[str, Any]]:
-    """Return parameter groups, with weight decay for matrices."""
+    """Return parameter groups named by their roles, with weight decay for matrices."""
     decay = {"matrix": cfg.weight_decay, "other": 0.0}
-    return [{"params": list(named.values()), "weight_decay": decay[role]} for role, named in roles.items()]
+    return [{"params": [*p.values()], "weight_decay": decay[role], "name": role} for role, p in roles.items()]
 
 
 OPTIMIZERS: dict[str, dict[str, Rule]] = {  # --optimizer -> the rule for each role of a parameter
@@ -88,6 +86,7 @@ class Job:
     cfg: Config
     ranks: Ranks
     precision: str
+    ops: dict[str, str]  # the row of each op that runs here
     workload: workloads.Workload
     bare: nn.Module  # the model without wrappers: what is observed and saved
     optimizers: list[Optimizer]
@@ -131,6 +130,8 @@ class Job:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.samples = state["progress"]["step"], state["progress"]["samples"]
         self.observed = state["monitor"]
+        if self.step > self.cfg.steps:
+            raise ValueError(f"--steps {self.cfg.steps} is less than the {self.step} that the run has done")
         if self.samples % (size := self.cfg.batch_size):
             raise ValueError(f"--batch-size {size} does not divide the {self.samples} samples read so far")
         if self.ranks.rank < len(state["random"]):
@@ -144,7 +145,7 @@ def set_up(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Job:
         runs.check_free(folder)
     if cfg.grad_accum % ranks.world_size:
         raise ValueError(f"--grad-accum {cfg.grad_accum} does not split over {ranks.world_size} processes")
-    number_format = precision.pick(cfg.precision, ranks.device)
+    number_format, ops = precision.pick(cfg.precision, ranks.device), runs.op_rows(ranks.device)
     checkpoint.seed_generators(cfg.seed + ranks.rank)
     build = workloads.load(cfg.workload).build
     workload = build(cfg.to_dict(), ranks.device, rank=ranks.rank, world_size=ranks.world_size)
@@ -155,7 +156,7 @@ def set_up(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Job:
             rules.setdefault(OPTIMIZERS[cfg.optimizer][role], {})[role] = {names[p]: p for p in parameters}
     optimizers = [rule(roles, cfg) for rule, roles in rules.items()]
     scaler = precision.scaler(number_format, ranks.device)
-    job = Job(cfg, ranks, number_format, workload, workload.model, optimizers, scaler, folder)
+    job = Job(cfg, ranks, number_format, ops, workload, workload.model, optimizers, scaler, folder)
     if cfg.resume is not None:
         if Path(cfg.resume).parent.name == "checkpoints":
             job.restore(checkpoint.load(Path(cfg.resume), device=ranks.device))
@@ -168,25 +169,39 @@ def set_up(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Job:
     return job
 
 
-def introduce(job: Job, early: list[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """Say what was done so far and what runs where; return the latter for the run's record."""
+def introduce(job: Job) -> dict[str, Any]:
+    """Return the run's record: provenance, and what runs where."""
     cfg, here, tokens = job.cfg, job.ranks.device, job.workload.tokens_per_micro_batch * job.cfg.grad_accum
-    facts = backend.Facts(here.type, frozenset({torch.float32}), device.sm(here), prepared=True)
-    record = runs.provenance() | {
+    return runs.provenance() | {
         "device": f"{device.name(here)} ({here}), {job.ranks.world_size} process(es)",
         "precision": job.precision,
         "workload": job.workload.describe(),
-        "ops": {name: backend.choose(op, facts).name for name, op in sorted(backend.OPS.items())},
+        "ops": job.ops,
         "effective_batch": f"{cfg.batch_size} sequences x {cfg.grad_accum} micro-batches = {tokens} tokens a step",
         "config": cfg.to_dict(),
+        "after_step": job.step,
     }
-    say("\n".join([f"run: {job.folder}", *early]))
-    for title in ("device", "precision", "workload", "ops", "effective_batch", "config"):
-        said = record[title]
-        if isinstance(said, dict):
-            said = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
-        say(f"{title.replace('_', ' ')}: {said}")
-    return record
+
+
+def watch(job: Job, output: Fanout) -> Monitor:
+    """Return the run's monitor, which goes on where the one of the checkpoint stopped."""
+    cfg = job.cfg
+    mon = Monitor(
+        job.bare,
+        job.optimizers,
+        preset="cheap" if cfg.monitor == "off" else cfg.monitor,
+        sinks=[output],
+        every=cfg.monitor_every(),
+        scaler=job.scaler if job.scaler.is_enabled() else None,
+        samples_per_step=cfg.batch_size * cfg.grad_accum,
+        tokens_per_step=job.workload.tokens_per_micro_batch * cfg.grad_accum,
+        flops_per_token=job.workload.flops_per_token,
+        total_steps=cfg.steps,
+        compute_dtype=precision.DTYPES[job.precision],
+    )
+    if job.observed:
+        mon.load_state_dict(job.observed)
+    return mon
 
 
 def train(job: Job, mon: Monitor, interruption: runs.Interruption) -> None:
@@ -236,44 +251,29 @@ def train(job: Job, mon: Monitor, interruption: runs.Interruption) -> None:
 
 
 def run(cfg: Config, ranks: Ranks) -> int:
-    """Set up, train, report; return the exit code."""
-    early: list[str] = []  # what is said before there is a console log
+    """Set up, train, report; return the exit code. What can fail comes before the folder."""
+    early = [*cfg.unheard().values()]  # what is said before there is a console log
     job = together(lambda: set_up(cfg, ranks, early.append))
     if cfg.eval_only:
         losses = " ".join(f"{name.removeprefix('Loss/')}:{loss:.4f}" for name, loss in job.evaluate().items())
         if ranks.first:
+            early += [] if job.step else ["untrained weights: no checkpoint was read (--resume)"]
             print(*early, f"step:{job.step}/{cfg.steps} {losses}", sep="\n")
         return 0
+    record, out = introduce(job), Fanout([])  # console and logs join `out` once there is a folder
+    mon = together(lambda: watch(job, out))
     early += together(lambda: runs.claim(job.folder, cfg.to_dict(), step=job.step) if ranks.first else [])
-    with contextlib.ExitStack() as stack:
-        streams = stack.enter_context(runs.console(job.folder)) if ranks.first else []
+    with runs.console(job.folder, speaks=ranks.first) as streams, runs.Interruption() as interruption:
         say = functools.partial(runs.say, streams)
-        record = introduce(job, early, say)
+        say("\n".join([f"run: {job.folder}", *early, *runs.told(record)]))
         shown = {"log_interval": cfg.log_interval, "total_steps": cfg.steps}
-        sinks: list[Sink] = [Console(**shown, stream=stream) for stream in streams]
-        sinks += [Jsonl(job.folder, header=record, append=True)] if ranks.first else []
-        interruption = stack.enter_context(runs.Interruption())
-        with Monitor(
-            job.bare,
-            job.optimizers,
-            preset="cheap" if cfg.monitor == "off" else cfg.monitor,
-            sinks=sinks,
-            every=cfg.monitor_every(),
-            scaler=job.scaler if job.scaler.is_enabled() else None,
-            samples_per_step=cfg.batch_size * cfg.grad_accum,
-            tokens_per_step=job.workload.tokens_per_micro_batch * cfg.grad_accum,
-            flops_per_token=job.workload.flops_per_token,
-            total_steps=cfg.steps,
-            compute_dtype=precision.DTYPES[job.precision],
-        ) as mon:
-            if job.observed:
-                mon.load_state_dict(job.observed)
+        out.sinks += [Console(**shown, stream=stream) for stream in streams]
+        out.sinks += [Jsonl(job.folder, header=record, append=True)] if ranks.first else []
+        with mon:
             train(job, mon, interruption)
-        if interruption.signal is not None:
-            say(
-                f"{interruption.signal.name} after step {job.step}: go on with train.py --resume {job.folder}"
-            )
-            return 128 + interruption.signal
+        if (came := interruption.signal) is not None:
+            say(f"{came.name} after step {job.step}: go on with train.py --resume {job.folder}")
+            return 128 + came
         if ranks.first:
             say(f"summary: {write_summary(job.folder)}")
     return 0

@@ -74,7 +74,8 @@ class Config:
     precision: str | None = optimization(
         None, "number format; not given, bf16 on CUDA sm_80 and newer, else fp32 (the guide: fp16)",
         choices=("fp32", "bf16", "fp16"))
-    seed: int = optimization(1337, "seed of the initial weights and the order of the data", low=0, fixed=True)
+    seed: int = optimization(
+        1337, "seed of the initial weights and the order of the data", low=0, high=2**63 - 1, fixed=True)
 
     run_name: str | None = run(None, "name of the run's folder; not given, speedrun_<date>_<time>[_w<width>]")
     run_dir: str = run("runs", "folder that holds the runs")
@@ -111,6 +112,12 @@ class Config:
             raise ConfigError(f"{there} needs {missing} beside it")
         if self.run_name is not None and not re.fullmatch(r"[^./\\\0][^/\\\0]*", self.run_name):
             raise ConfigError(f"--run-name is a folder's name, without / or first dot, got {self.run_name!r}")
+
+    def unheard(self) -> dict[str, str]:
+        """Return the fields that ask for metrics which `--monitor off` leaves out, each with a sentence."""
+        asked = [name for name in ENVIRONMENT.values() if (getattr(self, name) or 0) > 0]
+        said = "has no effect with --monitor off: take cheap, usual or full"
+        return {name: f"{dashed(name)} {said}" for name in asked if self.monitor == "off"}
 
     def monitor_every(self) -> dict[str, int]:
         """Return what the flags change in the schedules of the monitor's preset; off leaves losses and times."""
@@ -177,6 +184,8 @@ def help_of(name: str) -> str:
 def parse(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Config:
     """Read flags, words, environment and files into a Config. ConfigError says what came and what was wanted.
 
+    A flag that `--monitor off` would ignore is such an error; from elsewhere it stays, for `Config.unheard` to name.
+
     `--help` prints the fields and leaves with code 0, as `argparse` does.
     """
     tree = flags.parser(
@@ -195,7 +204,11 @@ def parse(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os
     given = (flags.read_file(FIELDS, file) if file is not None else {}) | variables | words
     if given.get("resume") is not None:
         given = _continue(given)
-    return Config(**apply_mode_defaults(given))
+    cfg = Config(**apply_mode_defaults(given))
+    for name, sentence in cfg.unheard().items():
+        if name in words:
+            raise ConfigError(sentence)
+    return cfg
 
 
 def resumed_folder(given: Mapping[str, Any]) -> Path | None:

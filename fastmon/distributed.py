@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastmon.backend import BackendError
+
 TIMEOUT = datetime.timedelta(minutes=5)  # a rank that waits longer for the others gives up with an error
 
 
@@ -119,15 +121,15 @@ def gather(fact: Any) -> list[Any]:
 def together(act: Callable[[], T]) -> T:
     """Do `act` on every rank and return its result; where it fails on one, no rank goes on.
 
-    A ValueError or OSError of any rank is raised on all of them as Refused, with the first rank's sentence, so
-    that none is left waiting for the one that gave up.
+    A ValueError, OSError or BackendError of any rank is raised on all of them as Refused, with the first rank's
+    sentence, so that none is left waiting for the one that gave up.
     """
     result, wrong = None, None
     try:
         result = act()
     except OSError as error:
         wrong = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
-    except ValueError as error:
+    except (ValueError, BackendError) as error:
         wrong = str(error)
     if wrong := next((one for one in gather(wrong) if one), None):
         raise Refused(wrong)

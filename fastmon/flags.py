@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
-_NOUN: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NOUN: dict[type, str] = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 _BOOLS = {
     "true": True,
     "1": True,

@@ -2,7 +2,8 @@
 
 runs/<name>/
     config.json      every field of the configuration; `--config` reads it back
-    metrics.jsonl    a header, then one object a row
+    metrics.jsonl    a header, then one object a row; each --resume adds its own header before the rows it writes:
+                     "after_step" is the step it goes on from, and of two headers the later one counts
     params.jsonl     the same for single parameters
     console.log      what the console showed
     checkpoints/     see checkpoint.py
@@ -25,7 +26,8 @@ from typing import Any, Self, TextIO
 
 import torch
 
-from fastmon import __version__, checkpoint
+import fastmon.ops  # noqa: F401  fills the table of ops
+from fastmon import __version__, backend, checkpoint, device
 from fastmon.checkpoint import flush
 
 LOGS = ("metrics.jsonl", "params.jsonl")
@@ -107,9 +109,38 @@ def provenance() -> dict[str, Any]:
     return facts | ({"git_commit": found.stdout.strip()} if found.returncode == 0 else {})
 
 
+def op_rows(here: torch.device) -> dict[str, str]:
+    """Return the name of the row that each op has on `here` for prepared lists of fp32 tensors.
+
+    BackendError where the row that was asked for cannot run, prepared or within a step: a run needs both.
+    """
+    rows: dict[str, str] = {}
+    for prepared in (False, True):
+        facts = backend.Facts(here.type, frozenset({torch.float32}), device.sm(here), prepared=prepared)
+        rows = {name: backend.choose(op, facts).name for name, op in sorted(backend.OPS.items())}
+    return rows
+
+
+def told(record: Mapping[str, Any]) -> list[str]:
+    """Return the lines that say what runs where: the facts of a run's `record`, without the provenance."""
+    lines = []
+    for title in ("device", "precision", "workload", "ops", "effective_batch", "config"):
+        said = record[title]
+        if isinstance(said, dict):
+            said = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
+        lines.append(f"{title.replace('_', ' ')}: {said}")
+    return lines
+
+
 @contextlib.contextmanager
-def console(folder: Path) -> Iterator[list[TextIO]]:
-    """Yield the streams that what is said goes to: standard output and the run's console.log, which is appended."""
+def console(folder: Path, *, speaks: bool = True) -> Iterator[list[TextIO]]:
+    """Yield the streams that what is said goes to: standard output and the run's console.log, which is appended.
+
+    There are none for a process that does not speak (any but the first).
+    """
+    if not speaks:
+        yield []
+        return
     with (folder / "console.log").open("a", encoding="utf-8") as log:
         yield [sys.stdout, log]
 

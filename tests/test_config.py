@@ -106,8 +106,13 @@ def test_unknown_flags_name_the_nearest():
     [
         (["--steps", "many"], "--steps wants a whole number, got 'many'"),
         (["--steps", "1.5"], "--steps wants a whole number, got '1.5'"),
-        (["--lr", "nan"], "--lr wants a number, got nan"),
-        (["--lr", "inf"], "--lr wants a number, got inf"),
+        (["--lr", "nan"], "--lr wants a finite number, got nan"),
+        (["--lr", "inf"], "--lr wants a finite number, got inf"),
+        (["--seed", "9223372036854775808"], "--seed must be at most 9223372036854775807, got 92233720368"),
+        (
+            ["--monitor", "off", "--monitor-activations"],
+            "--monitor-activations has no effect with --monitor off",
+        ),
         (["--compile", "perhaps"], "--compile wants true or false, got 'perhaps'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--min-lr-ratio", "1.5"], "--min-lr-ratio must be at most 1, got 1.5"),
@@ -177,6 +182,14 @@ def old_run(tmp_path):
     before = read("steps=50", "seq_len=64", "lr=0.5", "run_name=old", "eval_only=true")
     (folder / "config.json").write_text(json.dumps(before.to_dict()))
     return folder
+
+
+def test_off_leaves_out_what_others_ask(old_run):
+    """A flag that asks for nothing fits; a variable or a file that asks for more is named, not refused."""
+    assert read("--monitor", "off", "--monitor-spectral-every", "0").unheard() == {}
+    assert read("--monitor-spectral-every", "3").unheard() == {}
+    got = read("--monitor", "off", MONITOR_SPECTRAL_EVERY="3", MONITOR_ACTIVATIONS="no")
+    assert list(got.unheard()) == ["monitor_spectral_every"]
 
 
 def test_resuming_takes_the_configuration_of_the_run(old_run):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastmon import checkpoint, distributed
+from fastmon.backend import BackendError
 from tests.tiny_run import ROOT, flags, losses, rows, run, spawn
 
 LOSS_TOLERANCE = 1e-4  # relative, over these steps: fp32 sums in another order
@@ -52,6 +53,8 @@ def test_a_failure_becomes_one_sentence():
         distributed.together(lambda: fail(ValueError("too wide")))
     with pytest.raises(distributed.Refused, match=r"^a/b: No space left on device$"):
         distributed.together(lambda: fail(OSError(28, "No space left on device", "a/b")))
+    with pytest.raises(distributed.Refused, match=r"^no row$"):
+        distributed.together(lambda: fail(BackendError("no row")))
     with pytest.raises(ZeroDivisionError):  # a fault of the program keeps its traceback
         distributed.together(lambda: 1 // 0)
 
@@ -168,7 +171,7 @@ def test_two_processes_train_as_one(tiny):
 def test_an_impossible_split_is_refused_by_all_and_leaves_nothing(tiny):
     child = torchrun(*tiny, "--run-name", "odd", "--grad-accum", "3")
     _, error = child.communicate(timeout=240)
-    assert child.returncode != 0
+    assert child.returncode == 1  # torchrun's own
     assert error.count("train.py: --grad-accum 3 does not split over 2 processes") == 1
     assert "exitcode" in error
     assert re.search(r"exitcode\s*:\s*2\b", error)

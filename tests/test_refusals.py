@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import train
 from fastmon.data.shards import write_shard
 from tests.tiny_run import flags, run, spawn
 
@@ -40,6 +42,15 @@ BAD = {
         lambda at: ["--train-files", write_words(at / "a.bin", 20240520, 1, 999, tokens=9)],
         "truncated",
     ),
+    "negative count": (
+        lambda at: ["--train-files", write_words(at / "a.bin", 20240520, 1, -5)],
+        "a negative number of tokens in its header: -5",
+    ),
+    "unheard flag": (
+        lambda _: ["--monitor", "off", "--monitor-spectral-every", "1"],
+        "--monitor-spectral-every has no effect with --monitor off",
+    ),
+    "huge seed": (lambda _: ["--seed", str(2**64)], f"--seed must be at most {2**63 - 1}, got {2**64}"),
     "empty shard": (lambda at: ["--train-files", write_words(at / "a.bin", 20240520, 1, 0)], "a.bin"),
     "large vocabulary": (lambda at: ["--val-files", big_token(at)], "vocab"),
     "missing text": (lambda at: ["--text", f"{at}/*.txt"], "no file matches"),
@@ -84,6 +95,35 @@ def test_what_cannot_be_done_is_said_in_one_sentence(case, tiny, tmp_path, capsy
     assert shown.err.startswith("train.py: ")
     assert message in shown.err
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nope", "no op has an implementation 'nope'; there are "),
+        ("triton", "has no implementation 'triton' that can run here"),
+        ("compile", "has no implementation 'compile' that can run here"),  # no op compiles within a step
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs here")
+def test_an_implementation_that_cannot_run_is_refused(name, message, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FASTMON_BACKEND", name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert run(*tiny, "--run-dir", tmp_path / "runs") == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert message in shown.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_monitor_that_cannot_be_built_leaves_no_folder(tiny, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("no such preset")
+
+    monkeypatch.setattr(train, "Monitor", fail)
+    assert run(*tiny, "--run-dir", tmp_path / "runs") == 2
+    assert capsys.readouterr().err == "train.py: no such preset\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_exit_code_of_the_process_is_2(tmp_path):

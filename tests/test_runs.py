@@ -56,6 +56,8 @@ def test_the_console_is_kept_in_the_folder(tmp_path, capsys):
     for word in ("one", "two"):
         with runs.console(tmp_path) as streams:
             runs.say(streams, word)
+    with runs.console(tmp_path, speaks=False) as streams:
+        assert streams == []
     assert capsys.readouterr().out == (tmp_path / "console.log").read_text() == "one\ntwo\n"
 
 

@@ -13,6 +13,7 @@ import torch
 
 import train
 from fastmon import checkpoint, config
+from fastmon.report.runlog import read_run
 from tests.tiny_run import STEPS, flags, losses, rows, run, spawn
 
 LINE = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:\d+\.\dms step_avg:\d+\.\d\dms")
@@ -64,6 +65,8 @@ def test_the_log_has_a_header_and_one_row_a_step(full):
         assert row["Gradients/nonfinite"] == 0
         assert row["Model/spectral_norm_max"] > 0
         assert row["Time/data_ms"] >= 0
+        rates = {name for name in row if name.startswith("Optimization/lr/")}
+        assert rates == {f"Optimization/lr/{group}" for group in ("qkv", "matrix", "other")}
     lr = [row["Optimization/lr"] for row in found.values()]
     assert lr == pytest.approx([0.005, 0.01, 0.01 * 0.86820, 0.01 * 0.55, 0.01 * 0.23180, 0.001], rel=1e-4)
     assert list(rows(full, "params.jsonl")) == [1, 2, 3, 4, 5, 6]
@@ -167,10 +170,25 @@ def test_without_a_checkpoint_a_resumed_run_starts_over_and_says_so(full, tmp_pa
     assert "no complete checkpoint" in capsys.readouterr().out
 
 
+def test_a_run_cannot_end_before_it_is(full, capsys):
+    before = {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
+    assert run("--resume", full, "--steps", "3") == 2
+    assert capsys.readouterr().err == "train.py: --steps 3 is less than the 6 that the run has done\n"
+    assert {path: path.read_bytes() for path in full.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_can_be_made_longer(full, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(full, longer)
     assert run("--resume", longer, "--steps", STEPS + 2) == 0
+    lines = [json.loads(line) for line in (longer / "metrics.jsonl").read_text().splitlines()]
+    headers = [
+        (at, one["after_step"], one["config"]["steps"]) for at, one in enumerate(lines) if "step" not in one
+    ]
+    assert headers == [(0, 0, STEPS), (1 + STEPS, STEPS, STEPS + 2)]
+    log = read_run(longer / "metrics.jsonl")
+    assert (log.broken, log.header["config"]["steps"]) == ([], STEPS + 2)
+    assert log.series("Loss/train_loss").steps == [1, 2, 3, 4, 5, 6, 7, 8]
     assert list(rows(longer)) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert (longer / "checkpoints" / "final_step_8").is_dir()
 
@@ -244,6 +262,12 @@ def test_monitor_schedules_come_from_flags_and_environment(tiny, tmp_path, monke
     assert [s for s, row in table.items() if "Activations/blocks.0_std" in row] == [1, 4]
 
 
+def test_a_variable_that_the_monitor_ignores_is_named(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MONITOR_SPECTRAL_EVERY", "3")
+    assert run(*tiny, "--run-dir", tmp_path, "--run-name", "x", "--monitor", "off", "--steps", "1") == 0
+    assert "--monitor-spectral-every has no effect with --monitor off" in capsys.readouterr().out
+
+
 def test_eval_only_prints_the_loss_and_writes_nothing(full, tiny, tmp_path, capsys):
     before = sorted(path for path in full.rglob("*"))
     assert run("--resume", full, "--eval-only") == 0
@@ -253,7 +277,9 @@ def test_eval_only_prints_the_loss_and_writes_nothing(full, tiny, tmp_path, caps
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"step:2/6 val_loss:{rows(full)[2]['Loss/val_loss']:.4f}"
     assert sorted(path for path in full.rglob("*")) == before
+    assert "untrained" not in capsys.readouterr().out
     assert run(*tiny, "--eval-only", "--run-dir", tmp_path / "none") == 0
+    assert "untrained weights: no checkpoint was read" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
 
 
@@ -304,8 +330,8 @@ def test_the_roles_of_parameters():
             (2, 0.0, 0.25),
         ]
     groups = train.muon(roles, cfg).param_groups
-    assert [(g["split"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
-        (3, [(24, 8)]),
-        (1, [(32, 8)]),
+    assert [(g["name"], g["split"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
+        ("qkv", 3, [(24, 8)]),
+        ("matrix", 1, [(32, 8)]),
     ]
     assert {g["weight_decay"] for g in groups} == {0.5}

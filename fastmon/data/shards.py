@@ -80,9 +80,9 @@ def read_shard(
 ) -> Tokens:
     """Return the tokens of one shard, (n,) uint16, memory-mapped read-only.
 
-    FileNotFoundError when it is missing; ValueError, one sentence, on a wrong magic or version, a size other
-    than the header promises, or a token id >= `vocab_size` among the first 2^20 (Windows checks every later
-    one as it is read, so that opening 100 shards does not read 20 GB).
+    FileNotFoundError when it is missing; ValueError, one sentence, on a wrong magic or version, a negative count,
+    a size other than the header promises, or a token id >= `vocab_size` among the first 2^20 (Windows checks every
+    later one as it is read, so that opening 100 shards does not read 20 GB).
     """
     path = Path(path)
     if not path.is_file():
@@ -95,8 +95,10 @@ def read_shard(
         raise ValueError(f"shard {path} does not start with the magic number {MAGIC}, got {magic}")
     if version != VERSION:
         raise ValueError(f"shard {path} has format version {version}, this reader knows {VERSION}")
+    if count < 0:
+        raise ValueError(f"shard {path} has a negative number of tokens in its header: {count}")
     wanted = HEADER_BYTES + 2 * count
-    if count < 0 or size != wanted:
+    if size != wanted:
         fault = "is truncated" if size < wanted else "is longer than its header says"
         raise ValueError(f"shard {path} {fault}: {count} tokens need {wanted} bytes, the file has {size}")
     if count == 0:
