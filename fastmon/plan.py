@@ -1,7 +1,8 @@
 """Model -> what is measured: parameters, their pieces, roles and groups. Pure, built once, no arithmetic on tensors.
 
 A *piece* is what carries a name in the log: a whole parameter, or the q, k and v of a fused projection, or one expert
-of a stack (E, m, n). Roles: "matrix" (hidden weights, at least 2-D), "embedding", "head", "vector".
+of a stack (E, m, n). Roles: "matrix" (hidden weights, at least two dimensions beyond 1), "embedding" (tables, positions
+and learned tokens, always whole), "head", "vector".
 Only trainable floating parameters are in the plan; a tied weight is there once, under its first name.
 """
 
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from fastmon.ops import OPS
 
 _QKV = re.compile(r"qkv|c_attn|in_proj")
-_EMBEDDING = re.compile(r"(^|[._])(emb|embed\w*|wte|wpe|tok_emb|pos_emb\w*|position_embeddings?)([._]|$)")
+_EMBEDDING = re.compile(
+    r"(^|[._])(emb|embed\w*|wte|wpe|tok_emb|pos_emb\w*|position_embeddings?|(cls|mask|register)_tokens?)([._]|$)"
+)
 _HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|output_projection|unembed\w*)\.")
 
 
 def _cut(name: str, shape: Sequence[int], module: nn.Module | None) -> tuple[tuple[str, ...], int]:
     """How a parameter falls into pieces: their suffixes and the dimension; () where it stays whole."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.modules.conv._ConvNd) or _is_vector(shape) or _is_embedding(name, module):
         return (), 0
     path = name.split(".")
     fused = any(_QKV.search(part) for part in path[-2:])
@@ -53,11 +56,22 @@ def split_param(name: str, p: Tensor, module: nn.Module | None = None) -> list[t
 
 def role(name: str, p: Tensor, module: nn.Module | None = None) -> str:
     """What a parameter is for: "matrix", "embedding", "head" or "vector"; by its module where given, else by name."""
-    if p.ndim < 2:
-        return "vector"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or _EMBEDDING.search(name.rpartition(".")[0]):
+    if p.ndim >= 2 and _is_embedding(name, module):
         return "embedding"
+    if _is_vector(p.shape):
+        return "vector"
     return "head" if _HEAD.search(name) else "matrix"
+
+
+def _is_vector(shape: Sequence[int]) -> bool:
+    """At most one dimension is not 1: (d,), (1, d), (1, 1, d), a layer scale (d, 1, 1)."""
+    return sum(size != 1 for size in shape) < 2
+
+
+def _is_embedding(name: str, module: nn.Module | None) -> bool:
+    """By its module, or by its name, in which a parameter of a module without others is just `weight`."""
+    whole = name.removesuffix(".weight")
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) or bool(_EMBEDDING.search(whole))
 
 
 @dataclass(frozen=True, slots=True)

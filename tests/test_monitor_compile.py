@@ -62,6 +62,33 @@ def test_a_model_that_ran_compiled_is_refused_in_one_sentence(how):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("held", [False, True])
+def test_a_sequential_that_ran_compiled_is_refused(held):
+    row = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    compiled = torch.compile(row, backend="eager")
+    model = torch.nn.ModuleDict({"row": row}) if held else compiled
+    fastmon.Monitor(model, sinks=[]).close()
+    compiled(torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"already traced Sequential.forward, .* build the Monitor before"):
+        fastmon.Monitor(model, sinks=[])
+    fastmon.Monitor(torch.nn.Sequential(torch.nn.Linear(4, 4)), sinks=[]).close()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_function_that_ran_compiled_warns():
+    model = Tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    forward = torch.compile(lambda x: model(x), backend="eager")
+    forward(tokens(1))
+    mon = fastmon.Monitor(model, optimizer, sinks=[])
+    forward(tokens(2)).backward()
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match="taps recorded nothing"):
+        mon.step(1)
+    mon.close()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_an_eager_model_beside_a_compiled_one_is_welcome():
     torch.compile(Tiny(), backend="eager")(tokens(1))
     model, sink = Tiny(), Rows()

@@ -85,6 +85,42 @@ def test_usual_taps_the_blocks_and_full_every_module():
         select_modules(model, "conv", everything=False)
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_the_tap_passes_opcheck(on):
+    mon, _ = watch(Tiny())
+    recorder = next(o for o in mon._observers if type(o).__name__ == "Activations")._recorder
+    recorder.switch(on)
+    buffers = (recorder.counts, recorder.stats, recorder.flag)
+    torch.library.opcheck(torch.ops.fastmon.tap.default, (torch.randn(5, 3), *buffers, recorder.number, 1))
+    recorder.clear()
+    torch.ops.fastmon.tap(torch.randn(5, 3), *buffers, recorder.number, 1)
+    assert recorder.counts[0, :, 0].tolist() == ([0, 15] if on else [0, 0])
+
+
+def test_blocks_in_a_sequential_are_blocks():
+    def block():
+        return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    class Held(nn.Module):
+        def __init__(self, blocks):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+            self.blocks = blocks
+
+    def chosen(blocks):
+        return list(select_modules(Held(blocks), None, everything=False))
+
+    assert chosen(nn.Sequential(block(), block())) == ["blocks.0", "blocks.1"]
+    assert chosen(nn.ModuleList([block(), nn.Sequential(block(), block())])) == ["blocks.0", "blocks.1"]
+    assert chosen(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == ["blocks.0", "blocks.1"]
+    assert chosen(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == ["stem", "blocks"]
+    held = Held(nn.Sequential(block(), block()))
+    held.stem = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    assert list(select_modules(held, None, everything=False)) == ["blocks.0", "blocks.1"], (
+        "layers are no blocks"
+    )
+
+
 def test_taps_record_training_only():
     model = Tiny()
     mon, sink = watch(model)

@@ -222,3 +222,14 @@ def test_a_filter_and_a_stack_are_measured_as_matrices():
         exact = torch.linalg.matrix_norm(w.detach().double(), ord=2).item()
         assert sink[0][f"Model/spectral_norm/{name}"] == pytest.approx(exact, rel=1e-3)
     assert fastmon.compute_weight_spectral_norms(model).keys() == wanted.keys()
+
+
+def test_positions_are_measured_as_one_table():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.randn(1, 12, 6))
+
+    model = Positions()
+    exact = torch.linalg.matrix_norm(model.pos_embed.detach()[0].double(), ord=2).item()
+    assert fastmon.compute_weight_spectral_norms(model) == {"pos_embed": pytest.approx(exact, rel=1e-3)}

@@ -149,6 +149,45 @@ def test_roles_by_name(name, wanted):
     assert role(name, torch.empty(4)) == "vector"
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("cls_token", (1, 1, 8), "embedding"),
+        ("mask_token", (1, 8), "embedding"),
+        ("encoder.register_tokens", (1, 4, 8), "embedding"),
+        ("pos_embed", (1, 5, 8), "embedding"),
+        ("vit.pos_embed.weight", (5, 8), "embedding"),
+        ("blocks.0.gamma", (1, 1, 8), "vector"),
+        ("blocks.0.scale", (8, 1, 1), "vector"),
+        ("blocks.0.fc.weight", (1, 8), "vector"),
+    ],
+)
+def test_learned_tokens_positions_and_thin_parameters_stay_whole(name, shape, wanted):
+    p = torch.randn(shape)
+    assert role(name, p) == wanted
+    assert split_param(name, p) == [(name, p)]
+
+
+def test_a_vision_transformer_has_no_false_matrices():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cls_token = nn.Parameter(torch.randn(1, 1, 8))
+            self.pos_embed = nn.Parameter(torch.randn(1, 5, 8))
+            self.stack = nn.Parameter(torch.randn(1, 4, 8))
+            self.fc = nn.Linear(8, 8)
+
+    plan = Plan(Vision())
+    assert [(p.name, p.role) for p in plan.pieces] == [
+        ("cls_token", "embedding"),
+        ("pos_embed", "embedding"),
+        ("stack.0", "matrix"),
+        ("fc.weight", "matrix"),
+        ("fc.bias", "vector"),
+    ]
+    assert [tuple(w.shape) for w in plan.weights()] == [p.shape for p in plan.pieces]
+
+
 def test_a_filter_is_one_matrix():
     plan = Plan(nn.Sequential(nn.Conv2d(3, 5, 2, bias=False), nn.Conv1d(3, 5, 2, bias=False)))
     assert [(p.name, p.role, p.shape) for p in plan.pieces] == [

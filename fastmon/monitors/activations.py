@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -165,12 +165,15 @@ class _Hook:
 class Activations(Base):
     """Streaming moments of the selected modules' outputs over one step's training batches.
 
-    Selected: names that match the regex `modules`; else, in preset `full`, all modules, and otherwise the entries of
-    the outermost ModuleLists (the blocks), or the model's children where it has none. ValueError where the regex
-    matches nothing, and where torch.compile has already traced the model: such a trace would ignore the taps.
+    Selected: names that match the regex `modules`; else, in preset `full`, all modules, and otherwise the blocks: the
+    entries of the outermost ModuleLists and of Sequentials whose children have parameters, or the model's children
+    where it has none. ValueError where the regex matches nothing, and where torch.compile has already traced the
+    model: such a trace would ignore the taps. A function that was compiled around the model and has run is not noticed
+    here: taps that record nothing in the first training step warn.
     """
 
     FILLS: ClassVar[tuple[str, ...]] = tuple(_name(statistic) for statistic in _STATISTICS)
+    ARMED: ClassVar[bool] = True
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
@@ -302,10 +305,22 @@ def select_modules(model: nn.Module, pattern: str | None, *, everything: bool) -
         return {type(model).__name__.lower(): model}
     if everything:
         return named
-    lists = [name for name, m in model.named_modules() if name and isinstance(m, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    blocks = {n: m for n, m in named.items() if n.rpartition(".")[0] in outer}
-    return blocks or dict(model.named_children())
+    for lists in _lists_of_blocks(model):
+        outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+        blocks = {n: m for n, m in named.items() if n.rpartition(".")[0] in outer}
+        if blocks:
+            return blocks
+    return dict(model.named_children())
+
+
+def _lists_of_blocks(model: nn.Module) -> Iterator[list[str]]:
+    """Names of what may hold the blocks: ModuleLists and Sequentials of composite modules, else of weighted layers."""
+    rows = {n: m for n, m in model.named_modules() if n and isinstance(m, (nn.ModuleList, nn.Sequential))}
+    weighted = {n: m for n, m in rows.items() if all(any(True for _ in c.parameters()) for c in m.children())}
+    composite = {n for n, m in weighted.items() if all(any(True for _ in c.children()) for c in m.children())}
+    yield [n for n, m in rows.items() if isinstance(m, nn.ModuleList) or n in composite]
+    if not isinstance(model, nn.Sequential):
+        yield list(weighted)
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -315,24 +330,34 @@ def _refuse_traced(model: nn.Module) -> None:
     """ValueError where torch.compile holds a trace that this model would run without its taps.
 
     Traces are kept per code object and do not look at hooks: one made before the taps, even of another instance of the
-    class, is reused and leaves them out in silence. An uncompiled model is not concerned.
+    class, is reused and leaves them out in silence. An uncompiled model is not concerned. A compiled function that
+    calls the model cannot be told from any other: there the warning that the taps recorded nothing is the rule.
     """
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    if frames is None:
+    frames, outer = (sys.modules.get(f"torch._dynamo.{part}") for part in ("eval_frame", "external_utils"))
+    if frames is None or outer is None:
         return
-    modules = list(model.modules())
-    kinds = {type(m) for m in modules if m is model or not type(m).__module__.startswith("torch.nn.")}
-    codes = {kind: getattr(kind.forward, "__code__", None) for kind in kinds}
-    traced = [k.__name__ for k, code in codes.items() if code and frames._debug_get_cache_entry_list(code)]
-    if not traced:
+    around = outer.wrap_inline(
+        _refuse_traced
+    ).__code__  # what is traced where a module of torch.nn is compiled
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        kind, own = type(module), not type(module).__module__.startswith("torch.nn.")
+        code = getattr(kind.forward, "__code__", None) if own else around
+        alone = own or module is model or isinstance(module, nn.Sequential)
+        if alone and code is not None and frames._debug_get_cache_entry_list(code):
+            found[id(module)] = module
+    if not found:
         return
-    ours = {id(m) for m in modules}
-    wrappers = [o for o in gc.get_objects() if type(o) is frames.OptimizedModule]
-    if any(id(o._orig_mod) in ours for o in wrappers) or any(
-        m._compiled_call_impl is not None for m in modules
-    ):
+    # A wrapper keeps its module in a dictionary, under this name; nothing else leads from a module to its wrapper.
+    holders = (
+        r["_orig_mod"] for r in gc.get_referrers(*found.values()) if type(r) is dict and "_orig_mod" in r
+    )
+    wrapped = next((m for m in holders if id(m) in found), None)
+    called = next((m for m in model.modules() if m._compiled_call_impl is not None), None)
+    if wrapped is not None or (called is not None and not type(called).__module__.startswith("torch.nn.")):
+        name = type(wrapped if wrapped is not None else next(iter(found.values()))).__name__
         raise ValueError(
-            f"torch.compile has already traced {traced[0]}.forward, and that trace would ignore activation taps: "
+            f"torch.compile has already traced {name}.forward, and that trace would ignore activation taps: "
             'build the Monitor before the first compiled call, or pass every={"Activations/*": 0}, '
             "or call torch._dynamo.reset() first"
         )

@@ -205,9 +205,12 @@ def compute_weight_spectral_norms(
     """
     chosen = _targets(model, target_params)
     owners = owners_of(model)
-    pieces = [piece for name, p in chosen for piece in split_param(name, p.detach(), owners[p])]
-    names = [name for name, _ in pieces]
-    ws = [w if w.ndim == 2 else w.flatten(1) for _, w in pieces]
+    pieces = [
+        (piece, _as_matrix(w, owners[p]))
+        for name, p in chosen
+        for piece, w in split_param(name, p.detach(), owners[p])
+    ]
+    names, ws = [name for name, _ in pieces], [w for _, w in pieces]
     if power_iters < 1:
         raise ValueError(f"power_iters is at least 1, got {power_iters}")
     if mode == "lanczos":
@@ -241,6 +244,13 @@ def _targets(
     if not found:
         raise ValueError(f"target_params={wanted!r} matches none of the {len(named)} matrix parameters")
     return found
+
+
+def _as_matrix(w: Tensor, owner: nn.Module) -> Tensor:
+    """A filter as (out, rest), a table of positions (1, n, d) as (n, d)."""
+    while w.ndim > 2 and w.shape[0] == 1 and not isinstance(owner, nn.modules.conv._ConvNd):
+        w = w[0]
+    return w.flatten(1)
 
 
 def _exact(w: Tensor) -> Tensor:
