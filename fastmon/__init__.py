@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastmon.ops.pair_moments import PairMoments, pair_moments
     from fastmon.ops.spectral import Spectral, spectral_norm
     from fastmon.ops.spectral_state import spectral_state
+    from fastmon.simple_logger import SimpleLogger
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _OPS = (
 _HOME = dict.fromkeys(_OPS, "fastmon.ops") | {
     "METRICS": "fastmon.metrics",
     "Monitor": "fastmon.monitor",
+    "SimpleLogger": "fastmon.simple_logger",
     "compute_weight_spectral_norms": "fastmon.monitors.spectral",
 }
 _MODULES = ("backend", "ops", "optim")
@@ -49,6 +51,7 @@ __all__ = [
     "Monitor",
     "PairMoments",
     "Polar",
+    "SimpleLogger",
     "Spectral",
     "backend",
     "compute_weight_spectral_norms",

@@ -15,9 +15,11 @@ and random numbers are bit for bit those of the same loop with `preset="off"`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +28,13 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastmon.distributed import all_reduce
-from fastmon.metrics import Calendar, Schedule, lookup, plan_schedules
+from fastmon.metrics import METRICS, Calendar, Schedule, lookup, plan_schedules
 from fastmon.monitors import Base, Scene, observer_classes
 from fastmon.monitors.gradients import GradientReader
+from fastmon.monitors.inputs import checked_input
 from fastmon.plan import Plan
 from fastmon.readback import Numbers, Readback, floats
 from fastmon.sinks import Console, Fanout, Jsonl, Row, Sink
@@ -50,8 +54,11 @@ class Monitor:
     scaler: a GradScaler, for `step_skipped` and `loss_scale`.
     samples_per_step, tokens_per_step (of all ranks), flops_per_token, total_steps: throughput, MFU and ETA need them.
     compute_dtype: precision of the matrix products, for the peak that MFU is a share of; default: the parameters'.
-    A metric that lacks its input is absent. ValueError for an unknown preset or name, with the nearest one.
+    A metric that lacks its input is absent. ValueError for an unknown preset or name and for no regex, TypeError for
+    another kind of model or optimizer. A forgotten `close` is made up for at collection or the process's end.
     """
+
+    _closed = True  # until it is built
 
     def __init__(
         self,
@@ -71,16 +78,18 @@ class Monitor:
         total_steps: int | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        self._calendar = Calendar(plan_schedules(preset, every if preset != "off" else None))
+        given = checked_input(model, optimizer, params=params, modules=modules)
+        planned = plan_schedules(preset, every)
+        self._calendar = Calendar({} if preset == "off" else planned)
+        self._rows = frozenset(METRICS)  # what the calendar speaks of; a row registered later is always taken
         plan = Plan(unwrapped(model), params=params)
         ranked = dist.is_available() and dist.is_initialized()
         self._rank = dist.get_rank() if ranked else 0
         self._world = dist.get_world_size() if ranked else 1
-        given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or [])
         self._scene = Scene(
             model=unwrapped(model),
             plan=plan,
-            reader=GradientReader(plan),
+            reader=GradientReader(plan, unwrapped(model), params=params),
             device=plan.device,
             preset=preset,
             active=self._calendar.active,
@@ -95,13 +104,24 @@ class Monitor:
             compute_dtype=compute_dtype,
         )
         kinds = [kind for kind in observer_classes() if not self._calendar.active.isdisjoint(kind.FILLS)]
-        self._observers: list[Base | None] = [kind(self._scene) for kind in kinds]
         self._failures: dict[int, str] = {}
-        self._sinks = Fanout(self._default_sinks(run_dir) if sinks is None else sinks)
         self._readback = Readback(plan.device, reduce=all_reduce if self._world > 1 else None)
+        self._sinks = Fanout(self._default_sinks(run_dir) if sinks is None else sinks)
+        self._observers: list[Base | None] = []
+        try:
+            for kind in kinds:
+                self._observers.append(kind(self._scene))
+        except BaseException:
+            for observer in self._observers:
+                if observer is not None:
+                    observer.close()
+            if sinks is None:
+                self._sinks.close()
+            raise
         self._ones = torch.ones(1 + len(kinds), device=plan.device)  # a loss is there; observer i is well
         self._zero = torch.zeros(1, device=plan.device)
-        self._known: set[str] = set()
+        self._known: dict[str, str] = {}  # name given to step -> its row
+        self._inner_ms: list[float] = []  # of each open pause: time in pauses within it
         self._hooks = [
             hook
             for index, each in enumerate(given if kinds else [])
@@ -110,14 +130,15 @@ class Monitor:
                 each.register_step_post_hook(lambda *_, i=index: self._around(i, before=False)),
             )
         ]
-        self._closed = False
         self._last_step = 0
         self._begin(1)
+        self._closed = False
+        _open.add(self)
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clip the gradients of all trained parameters in place to a global L2 norm; returns the norm before, () fp32.
+        """Clip all gradients of the model in place to a global L2 norm; returns the norm before, () fp32.
 
         One read of the gradients serves clipping and all gradient metrics. The coefficient min(1, max_norm / (norm +
         1e-6)) stays on the device and agrees with torch's to 1e-6; see `monitors.gradients` for Inf and NaN. With a
@@ -151,16 +172,22 @@ class Monitor:
     def step(self, step: int, values: Mapping[str, Tensor | float] | None = None) -> None:
         """Close a step: enqueue what is due, and emit the rows that have arrived. Never waits for the device.
 
-        step: counted from 1. values: losses and timings by their METRICS names, as device scalars or floats;
+        step: counted from 1 (from 0: step 0 is a first step, too). A loop may call it at every k-th step only; what has
+        to be recorded in the forward pass is then due at the step that the last two calls foretell.
+        values: losses and timings by their METRICS names, as device scalars or floats, kept where they are due;
         `Loss/train_loss` is averaged over ranks. ValueError for a name that is in no row of METRICS (see
-        `fastmon.metrics.register`) and for a tensor that is no scalar.
+        `fastmon.metrics.register`) and for a tensor that is no scalar. RuntimeError after `close`.
         """
+        if self._closed:
+            raise RuntimeError("this Monitor is closed: it takes no more steps")
         if not self._calendar.active:
             return
         with self._timed():
+            due = self._due if step == self._expected else self._calendar.due(max(step, 1))
+            given = {name: value for name, value in (values or {}).items() if self._takes(name, value, due)}
+            stride = max(1, step - self._last_step)
             self._scene.step = self._last_step = step
             row = Row(step, time.time(), self._rank)
-            given = {name: self._checked(name, value) for name, value in (values or {}).items()}
             loss = given.pop(LOSS, None)
             head_parts = [self._zero, self._zero, self._ones[1:]]
             parts = head_parts if loss is None else [self._on_device(loss), self._ones]
@@ -169,14 +196,14 @@ class Monitor:
             for name, value in given.items():
                 if not isinstance(value, Tensor):
                     row.values[name] = float(value)
-                elif name in self._due or lookup(name).name in self._due:
+                else:
                     names.append(name)
                     parts.append(self._on_device(value))
             notes: list[tuple[int, int, Any]] = []
             for index, observer in enumerate(self._observers):
                 if observer is not None and index not in self._failures:
                     try:
-                        found, note = observer.enqueue(self._due)
+                        found, note = observer.enqueue(self._due if observer.ARMED else due)
                     except Exception as error:  # an observer must not end the run
                         self._fail(index, error)
                         continue
@@ -186,23 +213,30 @@ class Monitor:
                 self._emit(*self._readback.next_row())
             self._readback.push(parts, (row, names, notes), head=head)
             self._scene.tape_bytes = self._readback.memory_bytes()
-            self._begin(step + 1)
+            self._begin(step + stride)
             for numbers, note in self._readback.arrived():
                 self._emit(numbers, note)
 
     @contextlib.contextmanager
     def pause(self, kind: str = "eval") -> Iterator[None]:
-        """Around evaluation ("eval") and saving ("checkpoint"): nothing is recorded, the time has rows of its own."""
+        """Around evaluation ("eval") and saving ("checkpoint"): nothing is recorded, each has its own time; may nest."""
         if kind not in PAUSES:
             raise ValueError(f"a pause is one of {', '.join(PAUSES)}, got {kind!r}")
         start = time.perf_counter()
-        self._each("pause")
+        if not self._inner_ms:
+            self._each("pause")
+        self._inner_ms.append(0.0)
         try:
             yield
         finally:
-            self._each("resume")
+            inner_ms = self._inner_ms.pop()
+            if not self._inner_ms:
+                self._each("resume")
+            whole_ms = 1e3 * (time.perf_counter() - start)
+            if self._inner_ms:
+                self._inner_ms[-1] += whole_ms
             spent = self._scene.paused_ms
-            spent[kind] = spent.get(kind, 0.0) + 1e3 * (time.perf_counter() - start)
+            spent[kind] = spent.get(kind, 0.0) + whole_ms - inner_ms
 
     def close(self) -> None:
         """Emit the rows under way, take every hook away and close the sinks. Calling it again does nothing."""
@@ -217,6 +251,11 @@ class Monitor:
             if observer is not None:
                 observer.close()
         self._sinks.close()
+        _open.discard(self)
+
+    def __del__(self) -> None:
+        with _disable_current_modes():  # it may be collected while something is traced
+            self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -247,6 +286,7 @@ class Monitor:
     # -- inside a step -------------------------------------------------------------------------------------------
 
     def _begin(self, step: int) -> None:
+        self._expected = step
         self._scene.forget(step)
         self._due = self._calendar.due(step)
         self._each("begin", self._due)
@@ -312,18 +352,19 @@ class Monitor:
         yield
         self._scene.spent_ms += 1e3 * (time.perf_counter() - start)
 
-    def _checked(self, name: str, value: Tensor | float) -> Tensor | float:
+    def _takes(self, name: str, value: Tensor | float, due: frozenset[str]) -> bool:
+        """Whether a given value is logged at this step; ValueError where it is none."""
         if name not in self._known:
             try:
-                lookup(name)
+                self._known[name] = lookup(name).name
             except KeyError as error:
                 raise ValueError(
                     f"Monitor.step: {error.args[0]}; fastmon.metrics.register adds a name"
                 ) from None
-            self._known.add(name)
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Monitor.step: {name} wants a scalar, got shape {tuple(value.shape)}")
-        return value
+        row = self._known[name]
+        return row in due or row not in self._rows
 
     def _on_device(self, value: Tensor | float) -> Tensor:
         """A scalar as one float of the tape."""
@@ -336,6 +377,15 @@ class Monitor:
             return []
         sinks: list[Sink] = [Console(total_steps=self._scene.total_steps)]
         return sinks if run_dir is None else [*sinks, Jsonl(run_dir)]
+
+
+_open: weakref.WeakSet[Monitor] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_forgotten() -> None:
+    for monitor in list(_open):
+        monitor.close()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

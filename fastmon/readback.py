@@ -12,7 +12,6 @@ with its own events. CPU: the tape is written where it is read.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,13 +36,11 @@ class Readback:
     """A ring of tapes. `push` enqueues one row's numbers, `arrived` yields (numbers, note) in the order of `push`.
 
     reduce: sums a tensor over the ranks in place; called on the head of every tape, so a row costs one collective.
-    `waited_ms` counts what `next_row` and `drain` waited for the device.
     """
 
     def __init__(self, device: torch.device, *, reduce: Callable[[Tensor], object] | None = None) -> None:
         self.device = device
         self.reduce = reduce
-        self.waited_ms = 0.0
         self._free: deque[_Slot] = deque()
         self._under_way: deque[tuple[_Slot, int, Any]] = deque()
         self._capacity = 0
@@ -85,7 +82,7 @@ class Readback:
         return len(self._under_way) >= SLOTS
 
     def next_row(self) -> tuple[Numbers, Any]:
-        """The oldest row, waiting for it; the wait is counted."""
+        """The oldest row, waiting for it."""
         self._wait(self._under_way[0][0])
         return self._pop()
 
@@ -103,9 +100,7 @@ class Readback:
 
     def _wait(self, slot: _Slot) -> None:
         if slot.event is not None and not slot.event.query():
-            start = time.perf_counter()
             slot.event.synchronize()
-            self.waited_ms += 1e3 * (time.perf_counter() - start)
 
     def _take(self, size: int) -> _Slot:
         assert not self.full(), "the ring is full: read next_row() first"

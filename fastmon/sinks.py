@@ -144,7 +144,8 @@ class Jsonl:
                 _set_aside(self.folder / name)
         self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._params: IO[str] | None = None
-        self._params_bytes, self._params_rows, self._stride = 0, 0, 1
+        self._params_bytes = 0  # of the file, with what an earlier process wrote
+        self._written, self._params_rows, self._stride = 0, 0, 1  # by this process
         self._header = dict(header or {})
         if self._metrics.tell() == 0 or self._header:
             self._put(self._metrics, _dump({**_schema(), **self._header}))
@@ -181,12 +182,13 @@ class Jsonl:
         text = ", ".join(fields) + "}"
         self._put(self._params, text)
         self._params_bytes += len(text) + 1
+        self._written += len(text) + 1
         self._params_rows += 1
 
     def _keeps(self, step: int) -> bool:
         allowed = PARAMS_BYTES * max(1.0, step / PARAMS_STEPS)
         if self._params_bytes > allowed and self._stride == 1 and self._params_rows:
-            per_row = self._params_bytes / self._params_rows
+            per_row = self._written / self._params_rows
             self._stride = max(2, math.ceil(per_row * PARAMS_STEPS / PARAMS_BYTES))
             log.warning(
                 "params.jsonl has passed 50 MB per 10,000 steps: from now on every %dth row is kept",

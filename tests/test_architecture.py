@@ -26,7 +26,7 @@ LAYER = {
     "plan": 3, "distributed": 3, "precision": 3,
     "readback": 4, "sinks": 4,
     "monitors": 5, "optim": 5, "mup": 5, "data": 5, "checkpoint": 5, "runs": 5,
-    "monitor": 6,
+    "monitor": 6, "simple_logger": 6,
     "workloads": 7, "integrations": 7, "report": 7,
     "config": 8, "flags": 8, "cli": 8, "__main__": 8,
 }  # fmt: skip
@@ -75,7 +75,9 @@ def test_kernels_import_torch_and_triton_only():
     for path in (PACKAGE / "kernels").glob("*.py"):
         for module in imports(path):
             top = module.split(".")[0]
-            assert top in ("torch", "triton", "fastmon", *sys.stdlib_module_names), f"{path.name} imports {module}"
+            assert top in ("torch", "triton", "fastmon", *sys.stdlib_module_names), (
+                f"{path.name} imports {module}"
+            )
             assert top != "fastmon" or module.startswith("fastmon.kernels"), f"{path.name} imports {module}"
 
 
@@ -105,6 +107,10 @@ def test_csrc_files_are_short():
 
 def test_train_is_lean():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 300
+
+
+def test_setup_is_lean():
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 80
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

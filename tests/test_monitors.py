@@ -247,7 +247,7 @@ def test_steps_that_a_scaler_skips():
         mon.step(step)
         optimizer.zero_grad()
     assert [sink[i]["Optimization/step_skipped"] for i in (0, 1)] == [0, 1]
-    assert [sink[i]["Optimization/loss_scale"] for i in (0, 1)] == [1024, 512]
+    assert [sink[i]["Optimization/loss_scale"] for i in (0, 1)] == [1024, 1024]
     assert sink[1]["Gradients/nonfinite"] == 1
     assert sink.rows[1].events == [], "logged, not an alarm"
     assert "Optimization/update_norm" in sink[0]

@@ -4,10 +4,13 @@ import io
 import json
 import logging
 import math
+import sys
 import warnings
+from unittest import mock
 
 import pytest
 
+import fastmon
 from fastmon import sinks
 from fastmon.sinks import Console, Fanout, Jsonl, Null, Row
 
@@ -151,6 +154,51 @@ def test_params_are_thinned_past_their_size_and_it_is_said_once(tmp_path, monkey
     assert (tmp_path / "params.jsonl").stat().st_size < 1.5 * 20_000 * 10
     assert len([r for r in caplog.records if "params.jsonl" in r.message]) == 1
     assert len(lines(tmp_path / "metrics.jsonl")) == 1001, "metrics.jsonl keeps every row"
+
+
+def test_a_resumed_run_thins_by_the_size_of_its_own_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "PARAMS_BYTES", 20_000)
+    monkeypatch.setattr(sinks, "PARAMS_STEPS", 100)
+
+    def write(steps):
+        sink = Jsonl(tmp_path, append=True)
+        for step in steps:
+            one = row(step)
+            one.params = {f"Gradients/norm/layer{i}": 1.0 for i in range(40)}
+            sink.write(one)
+        sink.close()
+        return sink._stride
+
+    assert write(range(1, 301)) == write(range(301, 601)), "rows of the same size"
+
+
+def test_simple_logger_prints_and_keeps_what_it_is_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    logger = fastmon.SimpleLogger(False, "demo", "first", {"lr": 0.1})
+    logger.log_step(10, 100, val_loss=3.28471, train_time_ms=1804.2)
+    logger.log({"my/number": 7})
+    logger.close()
+    assert capsys.readouterr().out == "step:10/100 val_loss:3.2847 train_time:1804.2ms step_avg:180.42ms\n"
+    header, first, second = lines(tmp_path / "runs" / "first" / "metrics.jsonl")
+    assert header["config"] == {"lr": 0.1}
+    assert (first["step"], first["Loss/val_loss"]) == (10, 3.28471)
+    assert first["Time/step_avg_ms"] == pytest.approx(180.42)
+    assert (second["step"], second["my/number"]) == (10, 7.0)
+
+
+def test_simple_logger_hands_on_to_wandb_or_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"use_wandb=True wants wandb: pip install 'fastmon\[wandb\]'"):
+        fastmon.SimpleLogger(True, "demo")
+    wandb = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    logger = fastmon.SimpleLogger(True, "demo", config={"lr": 0.1})
+    logger.log_step(3, train_loss=2.0)
+    logger.close()
+    wandb.init.assert_called_once_with(project="demo", name=None, config={"lr": 0.1})
+    wandb.init().log.assert_called_once_with({"Loss/train_loss": 2.0}, step=3)
+    wandb.init().finish.assert_called_once_with()
 
 
 class Broken(Null):

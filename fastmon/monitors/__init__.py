@@ -69,6 +69,7 @@ class Base:
     """An observer that does nothing: subclasses override the calls they need (see `fastmon.metrics.Observer`)."""
 
     FILLS: ClassVar[tuple[str, ...]] = ()
+    ARMED: ClassVar[bool] = False  # whether `enqueue` can only give what `begin` was told is due
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene

@@ -19,8 +19,9 @@ SKIPPED, SCALE = "Optimization/step_skipped", "Optimization/loss_scale"
 class Settings(Base):
     """Reads param_groups as the optimizer steps, so that a scheduler that steps before the row does not show early.
 
-    With a GradScaler a skipped step shows as `step_skipped` 1: its hooks did not fire, or (fused optimizers, which skip
-    on the device) its `found_inf` says so.
+    With a GradScaler `step_skipped` is 1 where it skipped any optimizer. A fused one skips on the device and its
+    `found_inf` says so. Any other fires no hook: that the scaler, not the loop, left it out shows in the scaler's own
+    account of the step, or, once `scaler.update()` has closed it, in a scale that fell. `loss_scale` is the step's.
     """
 
     FILLS: ClassVar[tuple[str, ...]] = (LR, "Optimization/lr/<group>", MOMENTUM, SKIPPED, SCALE)
@@ -30,6 +31,15 @@ class Settings(Base):
         self._names = _group_names(scene.optimizers)
         self._seen: dict[str, Any] = {}
         self._found_inf: list[Tensor] = []
+        self._scale: Tensor | float | None = None  # as the step began
+
+    def begin(self, due: frozenset[str]) -> None:
+        """Keep the scale; the scaler changes it in place."""
+        scale = getattr(self.scene.scaler, "_scale", None)  # None before its first use
+        if isinstance(scale, Tensor):
+            self._scale = scale.detach().clone()
+        else:
+            self._scale = getattr(self.scene.scaler, "_init_scale", None)
 
     def before_update(self, index: int) -> None:
         """Read the groups of this optimizer."""
@@ -45,11 +55,7 @@ class Settings(Base):
                 self._read(index)
         values = self._seen
         if self.scene.scaler is not None:
-            values[SCALE] = getattr(self.scene.scaler, "_scale", None)
-            if self._found_inf:
-                values[SKIPPED] = torch.stack([f.reshape(()) for f in self._found_inf]).amax()
-            else:
-                values[SKIPPED] = 0.0 if self.scene.stepped else 1.0
+            values[SCALE], values[SKIPPED] = self._scaling(self.scene.scaler)
         self._found_inf = []
         host, names, parts = {}, [], []
         for name, value in values.items():
@@ -67,6 +73,20 @@ class Settings(Base):
         host, names = note
         row.values.update(host)
         row.values.update(zip(names, floats(numbers), strict=True))
+
+    def _scaling(self, scaler: Any) -> tuple[Tensor | float | None, Tensor | float]:
+        """The scale that the step used, and whether an optimizer was skipped."""
+        scale = getattr(scaler, "_scale", None)
+        account = getattr(scaler, "_per_optimizer_states", None)  # empty once update() was called
+        before = None if scale is None else scale if account else self._scale
+        signs = [f.reshape(()) > 0 for f in self._found_inf]
+        missing = [o for i, o in enumerate(self.scene.optimizers) if i not in self.scene.stepped]
+        if missing and account:
+            if any(id(o) in account and account[id(o)]["stage"].name == "STEPPED" for o in missing):
+                return before, 1.0
+        elif missing and scale is not None and before is not None:
+            signs.append(scale.detach().reshape(()) < before)
+        return before, torch.stack(signs).any() if signs else 0.0
 
     def _read(self, index: int) -> None:
         for place, group in enumerate(self.scene.optimizers[index].param_groups):

@@ -56,7 +56,7 @@ class Parameters(Base):
         logged = {piece.parameter for piece in plan.pieces if piece.logged}
         self._stems = [name if i in logged else None for i, name in enumerate(plan.names)]
         self._keys = [f"Optimization/update_ratio/{p.name}" if p.logged else None for p in plan.pieces]
-        copying = [i for i in range(len(self._mine)) if i not in self._reporting]
+        copying = [i for i, mine in enumerate(self._mine) if mine and i not in self._reporting]
         self._copies: dict[int, list[Tensor]] = {}  # by optimizer
         if not _UPDATE.isdisjoint(scene.active):
             self._copies = {i: [plan.parameters[p].detach().clone() for p in self._mine[i]] for i in copying}
@@ -74,7 +74,7 @@ class Parameters(Base):
 
     def before_update(self, index: int) -> None:
         """Copy the parameters of this optimizer, unless it reports its updates itself."""
-        if not self._asked[0] or index in self._reporting or index in self._copied:
+        if not self._asked[0] or index not in self._copies or index in self._copied:
             return
         parameters: list[Tensor] = [self.scene.plan.parameters[i] for i in self._mine[index]]
         with torch.no_grad():
