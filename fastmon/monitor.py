@@ -219,7 +219,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def pause(self, kind: str = "eval") -> Iterator[None]:
-        """Around evaluation ("eval") and saving ("checkpoint"): nothing is recorded, each has its own time; may nest."""
+        """Around evaluation ("eval") and saving ("checkpoint"): nothing is recorded, the times are apart; may nest."""
         if kind not in PAUSES:
             raise ValueError(f"a pause is one of {', '.join(PAUSES)}, got {kind!r}")
         start = time.perf_counter()
