@@ -11,3 +11,7 @@
 Variants are interleaved in one process and compared as ratios of medians: on a shared machine an absolute
 time says little, a ratio to `torch.sum` over the same bytes in the same seconds says a lot.
 """
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py does, before torch is loaded (docs/measured.md)
