@@ -9,7 +9,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,17 +16,17 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/registration.cpp", *sorted(f"csrc/cpu/{p.name}" for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
-HEADERS = sorted(f"csrc/cpu/{p.name}" for p in (ROOT / "csrc/cpu").glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
 FLAGS += ["-Wall", "-Wno-psabi"]
 PROBE = "#include <torch/csrc/stable/library.h>\nint main() { return 0; }\n"
 
+found = importlib.util.find_spec("torch")
+TORCH = Path(found.origin).parent if found and found.origin else None
 
-def torch_folder() -> Path | None:
-    """Where torch is installed, without importing it."""
-    spec = importlib.util.find_spec("torch")
-    return Path(spec.origin).parent if spec and spec.origin else None
+
+def csrc(pattern: str) -> list[str]:
+    """Files under csrc/, as setuptools wants them: relative to this one, in a fixed order."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
 def reason_not_to_build() -> str | None:
@@ -36,23 +35,16 @@ def reason_not_to_build() -> str | None:
         return "FASTMON_BUILD_EXT=0"
     if sys.platform == "win32":
         return "its sources are written for gcc and clang"
-    torch = torch_folder()
-    if torch is None:
+    if TORCH is None:
         return "torch is not importable here (pip install --no-build-isolation -e . uses the installed one)"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text(PROBE)
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        command = [*compiler, *FLAGS, f"-I{torch / 'include'}", "-fsyntax-only", str(source)]
-        try:
-            probe = subprocess.run(command, capture_output=True, text=True)
-        except OSError as error:
-            return f"no C++ compiler: {error}"
-    return (
-        None
-        if probe.returncode == 0
-        else "the compiler refuses torch's headers: " + probe.stderr.strip()[:500]
-    )
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    command = [*compiler, *FLAGS, f"-I{TORCH / 'include'}", "-fsyntax-only", "-xc++", "-"]
+    try:
+        probe = subprocess.run(command, input=PROBE, capture_output=True, text=True)
+    except OSError as error:
+        return f"no C++ compiler: {error}"
+    refusal = f"the compiler refuses torch's headers: {probe.stderr.strip()[:500]}"
+    return refusal if probe.returncode else None
 
 
 class BuildExtension(build_ext):
@@ -64,34 +56,24 @@ class BuildExtension(build_ext):
 
         def compile_all(sources: list[str], **options) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return [
-                    o
-                    for objects in pool.map(lambda s: compile_some([s], **options), sources)
-                    for o in objects
-                ]
+                return [o for (o,) in pool.map(lambda source: compile_some([source], **options), sources)]
 
         self.compiler.compile = compile_all
         super().build_extensions()
 
 
-extensions = []
-if reason := reason_not_to_build():
+extension = {
+    "depends": csrc("cpu/*.h"),
+    "include_dirs": [f"{TORCH}/include", f"{TORCH}/include/torch/csrc/api/include"],
+    "library_dirs": [f"{TORCH}/lib"],
+    "libraries": ["torch_cpu"],
+    "extra_compile_args": FLAGS,
+    "language": "c++",
+    "py_limited_api": True,
+    "optional": True,
+}
+reason = reason_not_to_build()
+if reason:
     print(f"fastmon: C++ extension left out: {reason}", file=sys.stderr)
-else:
-    torch = torch_folder()
-    extensions.append(
-        Extension(
-            "fastmon._C",
-            SOURCES,
-            depends=HEADERS,
-            include_dirs=[str(torch / "include"), str(torch / "include/torch/csrc/api/include")],
-            library_dirs=[str(torch / "lib")],
-            libraries=["torch_cpu"],
-            extra_compile_args=FLAGS,
-            language="c++",
-            py_limited_api=True,
-            optional=True,
-        )
-    )
-
+extensions = [] if reason else [Extension("fastmon._C", [*csrc("*.cpp"), *csrc("cpu/*.cpp")], **extension)]
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ missing = backend.extension()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 SPECTRAL = str(Path(__file__).with_name("test_extension_spectral.py"))
+CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cpu"
 ISAS = ("portable", "avx2", "avx512")
 
 # -- moments ---------------------------------------------------------------------------------------------------------
@@ -187,6 +190,60 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+LOOP = """
+#include <cstdio>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+#include "launch.h"
+
+extern "C" AOTITorchError torch_get_num_threads(uint32_t* n) { return *n = 4, AOTI_TORCH_SUCCESS; }
+extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t, ParallelFunc f, void* context) {
+  std::vector<std::thread> pool;
+  for (int64_t i = begin; i < end; ++i) pool.emplace_back(f, i, i + 1, context);
+  for (std::thread& t : pool) t.join();
+  return AOTI_TORCH_SUCCESS;
+}
+
+int main() {
+  for (int bad = 0; bad < 100; bad += 9) {  // two tasks fail, usually in two threads
+    std::vector<int> done(100);
+    try {
+      fastmon::run_tasks(100, false, [&](int64_t t) {
+        if (t == bad || t == bad + 1) throw std::bad_alloc();
+        ++done[t];
+      });
+      return std::puts("nothing was thrown"), 1;
+    } catch (const std::bad_alloc&) {
+    }
+    for (int t = 0; t < 100; ++t)
+      if (t < bad ? done[t] != 1 : done[t] > int(t != bad))
+        return std::printf("task %d ran %d times\\n", t, done[t]), 1;
+  }
+  std::vector<int> done(100);
+  fastmon::run_tasks(100, false, [&](int64_t t) { ++done[t]; });
+  for (int times : done)
+    if (times != 1) return std::puts("a task did not run once"), 1;
+}
+"""
+
+
+@pytest.mark.skipif("FASTMON_CPU_ISA" in os.environ, reason="once is enough")
+def test_a_task_that_runs_out_of_memory_raises_in_the_caller(tmp_path):
+    """The task loop on threads of its own: an exception that left the callback would end the process."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("no C++ compiler")
+    source, program = tmp_path / "loop.cpp", tmp_path / "loop"
+    source.write_text(LOOP)
+    includes = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{CSRC}"]
+    build = [*compiler, "-std=c++17", "-pthread", *includes, str(source), "-o", str(program)]
+    subprocess.run(build, check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_lists_equal_loops_and_may_be_empty():

@@ -1,5 +1,9 @@
 """The raw spectral launchers of fastmon_C against fp64 references."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -166,3 +170,35 @@ def test_lanczos_leaves_the_state_of_zero_and_non_finite_matrices():
     assert torch.isnan(torch.stack([sigma[1], residual[1], fro[1]])).all()
     assert torch.equal(state[:96], before[:96])
     torch.testing.assert_close(sigma[2], torch.linalg.svdvals(w.double())[0], rtol=1e-5, atol=0)
+
+
+FLUSHED = """
+import sys, torch
+from fastmon import backend
+from tests.launchers import fresh_state, lanczos, segments, spectral_norm
+assert backend.extension() is None
+torch.set_num_threads(4)
+torch.randn(600, 600) @ torch.randn(600, 600)  # the pool's threads start before, so that they flush nothing
+ws = [torch.full((128, 128), 1e-40)] * 64
+start = fresh_state(ws)
+if not torch.set_flush_denormal(True):
+    sys.exit(77)
+for serial, call in [(True, lanczos), (True, spectral_norm)] + [(False, lanczos), (False, spectral_norm)] * 20:
+    given = ws[:1] if serial else ws
+    state = start[: start.numel() // 64 * len(given)].clone()
+    out = call(given, state, 3)
+    exponents = {float(e) for e, _ in segments(state, given)}
+    assert exponents <= {0.0, -126.0}, (call, exponents)  # |W|_F = 1.28e-38 = 1.09 * 2^-126
+    if serial:  # the calling thread alone, which sees a zero matrix
+        assert not out.any(), (call, out)
+        assert torch.equal(state, start[: state.numel()])
+"""
+
+
+def test_flushed_denormals_leave_the_exponent_in_range():
+    """Threads that flush denormals may find |W|_F = 0 in the middle of a run; the state stays sane all the same."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", FLUSHED], cwd=root, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("this processor cannot flush denormals")
+    assert done.returncode == 0, done.stderr

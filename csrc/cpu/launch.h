@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace fastmon {
 
@@ -46,7 +47,9 @@ void spectral_norm(Isa isa, const Matrix* ws, int64_t count, float* state, int64
 void lanczos(Isa isa, const Matrix* ws, int64_t count, float* state, float* out, int64_t iters);
 
 // Runs f(0) ... f(tasks - 1), each once, on torch's threads. Threads take the next free task, so a slow core delays the
-// others by one task at most; results must depend on the task alone, never on who ran it.
+// others by one task at most; results must depend on the task alone, never on who ran it. No exception (a task that is out
+// of memory) leaves the callback, which torch's C interface calls: the first one is thrown again here, and tasks that
+// nobody has begun by then are left undone.
 template <class F>
 void run_tasks(int64_t tasks, bool serial, const F& f) {
   uint32_t threads = 1;
@@ -55,12 +58,24 @@ void run_tasks(int64_t tasks, bool serial, const F& f) {
     for (int64_t t = 0; t < tasks; ++t) f(t);
     return;
   }
-  struct Shared { const F* f; std::atomic<int64_t> next; int64_t tasks; } shared{&f, {0}, tasks};
-  auto loop = [](int64_t, int64_t, void* context) {
+  struct Shared {
+    const F& f;
+    const int64_t tasks;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // written by the thread that set `failed`, read after all are done
+  } shared{f, tasks};
+  auto loop = [](int64_t, int64_t, void* context) noexcept {
     auto* s = static_cast<Shared*>(context);
-    for (int64_t t; (t = s->next.fetch_add(1, std::memory_order_relaxed)) < s->tasks;) (*s->f)(t);
+    try {
+      for (int64_t t; (t = s->next.fetch_add(1, std::memory_order_relaxed)) < s->tasks;) s->f(t);
+    } catch (...) {
+      s->next.store(s->tasks, std::memory_order_relaxed);
+      if (!s->failed.exchange(true)) s->error = std::current_exception();
+    }
   };
   STD_TORCH_CHECK(torch_parallel_for(0, threads, 1, loop, &shared) == AOTI_TORCH_SUCCESS, "torch_parallel_for failed");
+  if (shared.error) std::rethrow_exception(shared.error);
 }
 
 }  // namespace fastmon

@@ -159,6 +159,12 @@ std::vector<int64_t> segments(const Matrix* ws, int64_t count, int64_t block) {
 
 int read_exponent(float word) { return word >= -200 && word <= 200 ? int(word) : 0; }
 
+// The exponent of |W|_F; the old one stays where there is none: a zero or non-finite matrix, and one of denormals of which
+// a thread that flushes them saw nothing.
+void write_exponent(const Job& job, float* word) {
+  if (job.fro2 > 0 && std::isfinite(job.fro2)) *word = float(job.e + std::ilogb(std::sqrt(job.fro2)));
+}
+
 struct Result { double sigma, residual; };
 
 // One power step from v (unit): see ops/spectral for the algebra. `v` becomes z / sigma; false: leave the state alone.
@@ -306,7 +312,7 @@ void spectral_norm(Isa isa, const Matrix* ws, int64_t count, float* state, int64
       else if (block == 1) moved = finish_one(pass, i, vectors, &result);
       else moved = finish_block(pass, i, vectors, &result);
       write_result(job, result, i, count, out);
-      if (job.fro2 > 0) state[starts[i]] = float(job.e + std::ilogb(std::sqrt(job.fro2)));
+      write_exponent(job, state + starts[i]);
       if (!moved) job.active = false;
       else if (step + 1 == iters) write_state(pass, i, vectors, state + starts[i]);
     });
@@ -331,6 +337,8 @@ void lanczos(Isa isa, const Matrix* ws, int64_t count, float* state, float* out,
     const double norm = std::sqrt(pass.k.dot(q, q, job.wide));
     if (norm > 0 && std::isfinite(norm)) pass.k.blend(1 / norm, q, 0, q, job.wide);
     q += job.wide * iters;
+    const size_t steps = size_t(std::min(iters, ws[i].n));
+    runs[i].alpha.reserve(steps), runs[i].beta.reserve(steps);
   }
   auto solve = [&](int64_t i) {
     Job& job = pass.jobs[i];
@@ -340,7 +348,7 @@ void lanczos(Isa isa, const Matrix* ws, int64_t count, float* state, float* out,
     const double theta = top_of_tridiagonal(steps, run.alpha.data(), run.beta.data(), s.data());
     job.active = false;
     const double fro = std::sqrt(job.fro2);
-    state[starts[i]] = float(job.e + std::ilogb(fro));
+    write_exponent(job, state + starts[i]);
     if (!(theta > 0)) return write_result(job, theta <= 0 ? Result{0, std::sqrt(2.0) * fro} : Result{kNan, kNan}, i, count, out);
     const double sigma = std::sqrt(theta);
     write_result(job, {sigma, std::sqrt(2.0) * run.beta[steps - 1] * std::fabs(s[steps - 1]) / sigma}, i, count, out);
