@@ -14,4 +14,6 @@ time says little, a ratio to `torch.sum` over the same bytes in the same seconds
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py does, before torch is loaded (docs/measured.md)
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "20000"
+)  # as train.py does, before torch is loaded (docs/measured.md)
