@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import gc
 import os
 import sys
 import time
@@ -210,6 +211,7 @@ def train(job: Job, mon: Monitor, interruption: runs.Interruption) -> None:
     micro_batches = cfg.grad_accum // job.ranks.world_size
     batches = workload.batches(start=job.samples // cfg.batch_size)
     agreement = Agreement()
+    gc.freeze()  # what is there now stays: a full collection over it took 0.1 s, measured
     for step in range(job.step + 1, cfg.steps + 1):
         lr = cfg.lr * factor(cfg.schedule, step, steps=cfg.steps, warmup=cfg.warmup, low=cfg.min_lr_ratio)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):

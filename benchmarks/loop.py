@@ -7,6 +7,7 @@ tested), so all copies do the very same arithmetic, and a difference in time is 
 from __future__ import annotations
 
 import fnmatch
+import gc
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class Loop:
             **monitor_options(self.variant),
         )
         self._batches = self.job.workload.batches(start=0)
+        gc.freeze()  # as train.train does
 
     def step(self) -> None:
         """Forward and backward over the micro-batches, clip, update, observe: the body of train.train."""

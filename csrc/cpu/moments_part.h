@@ -39,6 +39,6 @@ struct PairPart {
 };
 
 constexpr int64_t kTask = 65536;         // elements per task
-constexpr int64_t kSerial = 8 * kTask;   // a shorter list stays on the calling thread: waking others costs as much
+constexpr int64_t kSerial = 2 * kTask;   // a shorter list stays on the calling thread: waking others costs as much
 
 }  // namespace fastmon

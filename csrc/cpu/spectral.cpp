@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kTaskElements = int64_t(1) << 19;  // matrix elements per task
 constexpr int64_t kMostTasks = 32;                    // per matrix: each holds a partial result of `block` vectors
-constexpr int64_t kSerialElements = int64_t(1) << 19;  // a shorter list stays on the calling thread
+constexpr int64_t kSerialElements = int64_t(1) << 17;  // a shorter list stays on the calling thread
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 struct Free { void operator()(float* p) const { std::free(p); } };
