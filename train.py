@@ -24,8 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# OpenMP threads spin a little while they wait, then sleep. Sleeping at once costs 17% of a step on two free cores;
-# spinning as long as GNU OpenMP likes makes a run on busy cores crawl. (docs/measured.md)
+# OpenMP threads spin a little before they sleep: good on free cores and on busy ones (docs/measured.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
@@ -250,6 +249,7 @@ def train(job: Job, mon: Monitor, interruption: runs.Interruption) -> None:
                 job.save(mon, losses, prefix="final_" if final else "")
         if stop:
             break
+    gc.unfreeze()
 
 
 def run(cfg: Config, ranks: Ranks) -> int:

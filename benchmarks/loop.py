@@ -104,6 +104,7 @@ class Loop:
     def close(self) -> None:
         """Flush the monitor and drop its files."""
         self.monitor.close()
+        gc.unfreeze()
         self._folder.cleanup()
 
 
