@@ -12,6 +12,7 @@ relative over the first steps of the small model (tests/test_distributed.py), gr
 
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -99,6 +100,11 @@ def process_group(wish: str, environment: Mapping[str, str] = os.environ) -> Ite
         device_id=ranks.device if ranks.device.type == "cuda" else None,
     )
     yield ranks
+    for work in _under_way:  # the group must not go before its last sum has come
+        work.wait()
+    _under_way.clear()
+    dist.barrier()  # nobody's connection closes under another's last message
+    gc.collect()  # DDP wrappers hold the group in cycles: its threads must end before the interpreter does
     dist.destroy_process_group()
 
 
@@ -155,6 +161,9 @@ def accumulating(module: nn.Module, *, last: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+_under_way: list[dist.Work] = []  # what an agreement has started and nobody has waited for
+
+
 class Agreement:
     """Whether any rank wants to stop, known to all of them at the same step and without waiting.
 
@@ -175,6 +184,7 @@ class Agreement:
         work = dist.all_reduce(flag, async_op=True)
         assert work is not None
         self._pending = (flag, work)
+        _under_way[:] = [work]
         if before is None:
             return False
         before[1].wait()

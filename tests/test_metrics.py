@@ -75,7 +75,7 @@ def test_register_adds_a_name_once():
             metrics.register(metric)
     finally:
         METRICS.pop(metric.name)
-        metrics._TEMPLATES.pop()
+        metrics._TEMPLATES.pop(0)
 
 
 def test_schedules():
